@@ -1,0 +1,67 @@
+"""The two errors a user of this project ever sees.
+
+Every message names the place, the value, the rule and the fix, on one line, so that it can be acted on without reading a
+traceback. Programming errors keep their own exception types and their traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_UNSET: Any = object()
+
+
+class ZedaError(Exception):
+    """Something failed that is not the caller's input (exit code 1)."""
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | Path | None = None,
+        value: Any = _UNSET,
+        rule: str = "",
+        fix: str = "",
+    ) -> None:
+        """Build the one-line message.
+
+        Args:
+            message: what is wrong, a clause without a full stop.
+            where: the file, folder or configuration key it is about.
+            value: what was found there.
+            rule: what would have been right.
+            fix: what the user can do about it.
+        """
+        self.where, self.rule, self.fix = where, rule, fix
+        text = f"{where}: {message}" if where is not None else message
+        if value is not _UNSET:
+            text += f" (got {value!r})"
+        for part in (rule, fix):
+            if part:
+                text += f"; {part}"
+        super().__init__(text)
+
+
+class InputError(ZedaError):
+    """The caller's input is wrong: a file, a key, a value or a combination (exit code 2)."""
+
+    exit_code = 2
+
+
+@contextmanager
+def disk_errors(where: str | Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission under ``where`` into one clear :class:`ZedaError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise ZedaError("the disk is full", where=where, fix="free space or choose another folder") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ZedaError(f"cannot write ({error.strerror})", where=where, fix="check the permissions") from error
+        raise
