@@ -1,0 +1,81 @@
+"""The group balancing loss: equation 5 of the ZEDA paper (arXiv 2605.18643).
+
+Shape suffixes: T tokens, G = E + Z experts (E real ones first, then Z zero-output ones).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def target_skip_rate(num_real_experts: int, num_zero_experts: int, zero_expert_weight: float) -> float:
+    """The share of selections that the loss drives to zero experts: ``w Z / (E + w Z)``."""
+    weighted = zero_expert_weight * num_zero_experts
+    return weighted / (num_real_experts + weighted)
+
+
+def weight_for_skip_rate(num_real_experts: int, num_zero_experts: int, skip_rate: float) -> float:
+    """The zero-group weight ``w`` whose :func:`target_skip_rate` is ``skip_rate`` (0 < skip_rate < 1)."""
+    if not 0.0 < skip_rate < 1.0:
+        raise ValueError(f"skip_rate must lie strictly between 0 and 1, got {skip_rate}")
+    return num_real_experts * skip_rate / (num_zero_experts * (1.0 - skip_rate))
+
+
+def group_balancing_loss(
+    probs: torch.Tensor,
+    routing_map: torch.Tensor,
+    *,
+    num_real_experts: int,
+    topk: int,
+    zero_expert_weight: float,
+    coeff: float,
+    token_counts: torch.Tensor | None = None,
+    num_tokens: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """Balance the real experts as one group against the zero experts as another.
+
+    .. math::
+        L = \\alpha \\frac{E + wZ}{K} \\left( \\frac{f_E P_E}{E} + \\frac{f_Z P_Z}{wZ} \\right)
+
+    ``f`` is the number of selections per token that fell into a group (``f_E + f_Z = K``) and carries no gradient; ``P`` is
+    the router's mean probability of a group. The routing among the real experts is left alone.
+
+    Over a group of ranks, pass the group's ``token_counts`` and ``num_tokens``: ``f`` is then the group's, and ``P`` is this
+    rank's part of the group's mean (its own sum over the *group's* token count). The values of the ranks add up to
+    the loss of the whole group, exactly, however unevenly the tokens are spread. A product of two local means would not.
+
+    Args:
+        probs: ``[T, G]`` full score distribution (rows sum to 1); rows of padding tokens are zero.
+        routing_map: ``[T, G]`` bool, the selections that were actually taken; rows of padding tokens are False.
+        num_real_experts: E; the columns after it are the zero experts.
+        topk: K.
+        zero_expert_weight: w, the weight of the zero group (2 aims at half of the selections when Z = E / 2).
+        coeff: alpha.
+        token_counts: ``[G]`` selections per expert over the whole group; default: those of ``routing_map``.
+        num_tokens: number of valid tokens of the whole group; default: T, which is right without padding.
+
+    Returns:
+        The loss, a scalar in fp32. Without any token it is zero (and still differentiable).
+
+    Raises:
+        ValueError: if the shapes do not fit together or there is no zero expert.
+    """
+    num_zero_experts = probs.shape[-1] - num_real_experts
+    if probs.shape != routing_map.shape or probs.dim() != 2:
+        raise ValueError(f"probs {tuple(probs.shape)} and routing_map {tuple(routing_map.shape)} must both be [T, E + Z]")
+    if num_zero_experts <= 0:
+        raise ValueError(f"no zero expert: {probs.shape[-1]} columns for {num_real_experts} real experts")
+    if zero_expert_weight <= 0:
+        raise ValueError(f"zero_expert_weight must be positive, got {zero_expert_weight}")
+    probs_TG = probs.float()
+    if token_counts is None:
+        token_counts = routing_map.sum(dim=0)
+    if num_tokens is None:
+        num_tokens = probs_TG.shape[0]
+    tokens = torch.as_tensor(num_tokens, dtype=torch.float32, device=probs.device).clamp(min=1.0)
+    f_G = token_counts.detach().float() / tokens
+    p_G = probs_TG.sum(dim=0) / tokens
+    real, zero = slice(None, num_real_experts), slice(num_real_experts, None)
+    weighted_zero = zero_expert_weight * num_zero_experts
+    balance = f_G[real].sum() * p_G[real].sum() / num_real_experts + f_G[zero].sum() * p_G[zero].sum() / weighted_zero
+    return coeff * (num_real_experts + weighted_zero) / topk * balance
