@@ -1,0 +1,50 @@
+"""What changes in Megatron-Core's MoE: router, loss, layer, dispatcher, spec and injection.
+
+Importing this package prepares Megatron-Core for machines without a GPU (:func:`megatron_zeda.platform.install`).
+"""
+
+from megatron_zeda.platform import install
+
+install()
+
+from megatron_zeda.zero_experts.config import (  # noqa: E402
+    ZeroExpertMLATransformerConfig,
+    ZeroExpertTransformerConfig,
+    unsupported_settings,
+)
+from megatron_zeda.zero_experts.group_balance import (  # noqa: E402
+    group_balancing_loss,
+    target_skip_rate,
+    weight_for_skip_rate,
+)
+from megatron_zeda.zero_experts.injection import default_num_zero_experts, draw_zero_rows, widen_gate  # noqa: E402
+from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer  # noqa: E402
+from megatron_zeda.zero_experts.router import (  # noqa: E402
+    ZeroExpertRouter,
+    masked_zero_experts,
+    set_loss_tokens,
+    zero_expert_routers,
+)
+from megatron_zeda.zero_experts.specs import get_zero_expert_block_spec, get_zero_expert_layer_spec  # noqa: E402
+from megatron_zeda.zero_experts.statistics import RouterStatistics, router_statistics  # noqa: E402
+
+__all__ = [
+    "RouterStatistics",
+    "ZeroExpertMLATransformerConfig",
+    "ZeroExpertMoELayer",
+    "ZeroExpertRouter",
+    "ZeroExpertTransformerConfig",
+    "default_num_zero_experts",
+    "draw_zero_rows",
+    "get_zero_expert_block_spec",
+    "get_zero_expert_layer_spec",
+    "group_balancing_loss",
+    "masked_zero_experts",
+    "router_statistics",
+    "set_loss_tokens",
+    "target_skip_rate",
+    "unsupported_settings",
+    "weight_for_skip_rate",
+    "widen_gate",
+    "zero_expert_routers",
+]

@@ -1,0 +1,190 @@
+"""A Megatron-Core router with extra columns for zero experts.
+
+Shape suffixes: T tokens of this rank, G = E + Z router columns (E real experts, then Z zero experts), K selections.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
+from megatron_zeda.zero_experts.group_balance import group_balancing_loss
+from megatron_zeda.zero_experts.statistics import RouterCounts
+
+_loss_tokens: torch.Tensor | float | None = None
+
+
+def set_loss_tokens(num_tokens_per_micro_step: torch.Tensor | float | None) -> None:
+    """Tell the routers how many tokens carry loss, so that alpha means the same whatever the prompt/response ratio.
+
+    Needed with ``calculate_per_token_loss=True`` only. There ``finalize_model_grads`` divides every gradient by the number
+    of tokens the loss function counted; the balancing loss must be multiplied by that number first, and it is not the
+    number of tokens the router sees when prompts carry no loss. The value is constant during a step, so that a
+    recomputed forward pass (which may run while another micro-batch is in flight) uses the same one.
+
+    Args:
+        num_tokens_per_micro_step: loss tokens of the global batch divided by the number of micro-batches, the same on every
+            rank; None forgets it.
+    """
+    global _loss_tokens
+    _loss_tokens = num_tokens_per_micro_step
+
+
+class ZeroExpertRouter(TopKRouter):
+    """``TopKRouter`` over E + Z columns, with the group balancing loss and skip statistics.
+
+    Scores, the top-K choice and the normalisation of the weights run over all columns (the weights are not renormalised
+    once zero experts are dropped). A selection bias is the teacher's, with Z more entries, and stays frozen.
+
+    The stock class does all of this when it is built for E + Z experts; the layer around it keeps E (see
+    :class:`~megatron_zeda.zero_experts.layer.ZeroExpertMoELayer`).
+    """
+
+    def __init__(self, config: ZeroExpertTransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False) -> None:
+        wide = copy.copy(config)  # not dataclasses.replace: E + Z need not be divisible by anything
+        wide.num_moe_experts = config.num_moe_experts + config.num_zero_experts
+        super().__init__(config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.num_real_experts: int = config.num_moe_experts
+        self.zero_logit_bias: float = config.zero_expert_logit_bias
+        # finalize_model_grads would move the bias of all E + Z columns towards an even load.
+        self.frozen_expert_bias = True
+        self.counts = RouterCounts()
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose K of the E + Z experts for every token.
+
+        Args:
+            logits: ``[S, B, G]``.
+            padding_mask: ``[S, B]``, True for padding (as in Megatron's code; its docstrings say the opposite).
+
+        Returns:
+            ``probs [T, G]`` with the weights of the selections and zeros elsewhere, and ``routing_map [T, G]`` bool.
+        """
+        logits_TG = logits.reshape(-1, self.num_experts)
+        padding_T = None if padding_mask is None else padding_mask.reshape(-1).bool()
+        logits_TG, selection_bias_G = self._turn_dial(logits_TG)
+        probs_TG, routing_map_TG = topk_routing_with_score_function(
+            logits_TG,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=selection_bias_G,
+            fused=self.config.moe_router_fusion,
+            router_replay=self.router_replay,
+        )
+        # A recomputed layer routes twice, first without gradients: only the second pass counts. Evaluation counts too.
+        if torch.is_grad_enabled() or not self.training:
+            probs_TG = self._balance_and_count(probs_TG, logits_TG, routing_map_TG, padding_T)
+        return probs_TG, routing_map_TG
+
+    def _turn_dial(self, logits_TG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Apply ``zero_logit_bias``: to the logits of a softmax router, to the selection alone of any other."""
+        bias_G: torch.Tensor | None = self.expert_bias
+        if self.zero_logit_bias == 0.0:
+            return logits_TG, bias_G
+        dial_G = logits_TG.new_zeros(self.num_experts, dtype=torch.float32)
+        dial_G[self.num_real_experts :] = self.zero_logit_bias
+        if self.score_function == "softmax":
+            return logits_TG + dial_G.to(logits_TG.dtype), bias_G
+        return logits_TG, dial_G if bias_G is None else bias_G + dial_G
+
+    def _balance_and_count(
+        self,
+        probs_TG: torch.Tensor,
+        logits_TG: torch.Tensor,
+        routing_map_TG: torch.Tensor,
+        padding_T: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attach the group balancing loss to the weights (its gradient joins in the backward pass) and count selections."""
+        with torch.no_grad():
+            valid_map_TG = routing_map_TG if padding_T is None else routing_map_TG & ~padding_T[:, None]
+            num_valid = valid_map_TG.new_full((), valid_map_TG.shape[0], dtype=torch.int64)
+            if padding_T is not None:
+                num_valid = (~padding_T).sum()
+            local = torch.cat([valid_map_TG.sum(dim=0), num_valid[None]])
+            self.counts.add_selections(local[self.num_real_experts : -1].sum(), num_valid * self.topk)
+        if not self.training:
+            return probs_TG
+
+        with torch.no_grad():
+            group = local.clone()
+            if self.tp_dp_cp_group.size() > 1:
+                torch.distributed.all_reduce(group, group=self.tp_dp_cp_group)
+        loss = group_balancing_loss(
+            self._score_distribution(logits_TG, padding_T),
+            valid_map_TG,
+            num_real_experts=self.num_real_experts,
+            topk=self.topk,
+            zero_expert_weight=self.config.zero_expert_weight,
+            coeff=1.0,
+            token_counts=group[:-1],
+            num_tokens=group[-1],
+        )
+        self.counts.add_balance_loss(loss.detach())
+        coeff = self.config.zero_expert_balance_coeff
+        if coeff == 0.0:
+            return probs_TG
+        return MoEAuxLossAutoScaler.apply(probs_TG, coeff * self._gradient_scale() * loss)
+
+    def _score_distribution(self, logits_TG: torch.Tensor, padding_T: torch.Tensor | None) -> torch.Tensor:
+        """The full score distribution ``[T, G]`` in fp32: rows sum to 1, those of padding tokens are zero."""
+        if self.score_function == "softmax":
+            scores_TG = torch.softmax(logits_TG, dim=-1, dtype=torch.float32)
+        else:
+            score = torch.sigmoid if self.score_function == "sigmoid" else _sqrt_softplus
+            scores_TG = score(logits_TG.float())
+            scores_TG = scores_TG / (scores_TG.sum(dim=-1, keepdim=True) + 1e-20)
+        return scores_TG if padding_T is None else scores_TG.masked_fill(padding_T[:, None], 0.0)
+
+    def _gradient_scale(self) -> torch.Tensor | float:
+        """What makes the gradients of all ranks and micro-batches add up to the mean of the micro-batches' losses.
+
+        Each rank holds its part of the group's loss. With per-token loss Megatron sums gradients over ranks and
+        micro-batches and divides by the number of loss tokens; otherwise it divides by the number of micro-batches, sums over
+        the tensor- and context-parallel ranks and averages over the data-parallel ones.
+        """
+        if not self.config.calculate_per_token_loss:
+            return self.tp_dp_cp_group.size() / self.tp_cp_group.size()
+        if _loss_tokens is None:
+            raise RuntimeError(
+                "calculate_per_token_loss=True: call megatron_zeda.zero_experts.set_loss_tokens(loss tokens of the global "
+                "batch / number of micro-batches) before each step, or the balancing loss would be scaled by the prompts' length"
+            )
+        return _loss_tokens
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Nothing: the bias is frozen. (Upstream counts tokens here and mixes up ``[T, E]`` and ``[T]`` under padding.)"""
+
+
+def _sqrt_softplus(logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.softplus(logits).sqrt()
+
+
+def zero_expert_routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[ZeroExpertRouter]:
+    """The zero-expert routers of a model or of a list of model chunks, in layer order per chunk."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, ZeroExpertRouter)]
+
+
+@contextmanager
+def masked_zero_experts(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within the block the zero experts of ``model`` cannot be chosen: it computes what its teacher computes (law 1)."""
+    routers = zero_expert_routers(model)
+    biases = [router.zero_logit_bias for router in routers]
+    for router in routers:
+        router.zero_logit_bias = float("-inf")
+    try:
+        yield
+    finally:
+        for router, bias in zip(routers, biases, strict=True):
+            router.zero_logit_bias = bias

@@ -1,0 +1,99 @@
+"""Layer specs with zero experts: the only file that depends on how one Megatron-Core version builds its specs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
+from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
+from megatron_zeda.zero_experts.router import ZeroExpertRouter
+
+# What Transformer Engine's fused modules call the norms that the local spec keeps apart. A checkpoint must not depend on
+# where it was written, and upstream maps the second norm to a dense layer's name.
+_TRANSFORMER_ENGINE_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+
+
+def get_zero_expert_layer_spec(
+    config: ZeroExpertTransformerConfig, use_transformer_engine: bool | None = None
+) -> ModuleSpec:
+    """The spec of one transformer layer, for ``GPTModel(transformer_layer_spec=...)``, when every layer is an MoE layer.
+
+    Args:
+        config: with ``num_zero_experts = 0`` the layer and its router are the stock classes.
+        use_transformer_engine: default: as ``config.transformer_impl`` says.
+
+    Returns:
+        A fresh ``ModuleSpec``. Distributed checkpoints of models built from it carry Transformer Engine's names with either
+        implementation.
+
+    Raises:
+        ValueError: if ``config`` has no experts, or dense layers in between (use :func:`get_zero_expert_block_spec`).
+    """
+    if not config.num_moe_experts:
+        raise ValueError("num_moe_experts is not set: there is no MoE layer to give zero experts to")
+    if config.moe_layer_freq != 1 and not _all_moe(config.moe_layer_freq):
+        raise ValueError(f"moe_layer_freq={config.moe_layer_freq}: some layers are dense; use get_zero_expert_block_spec")
+    if use_transformer_engine is None:
+        use_transformer_engine = config.transformer_impl == "transformer_engine"
+    shared = dict(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    if use_transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(**shared)
+    else:
+        spec = get_gpt_layer_local_spec(**shared, normalization=config.normalization)
+    return _with_zero_experts(spec, config, use_transformer_engine)
+
+
+def get_zero_expert_block_spec(
+    config: ZeroExpertTransformerConfig, use_transformer_engine: bool | None = None, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage, for models that mix dense and MoE layers.
+
+    Args:
+        config: as for :func:`get_zero_expert_layer_spec`.
+        use_transformer_engine: default: as ``config.transformer_impl`` says.
+        vp_stage: virtual pipeline stage.
+    """
+    if use_transformer_engine is None:
+        use_transformer_engine = config.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+    )
+    block.layer_specs = [_with_zero_experts(spec, config, use_transformer_engine) for spec in block.layer_specs]
+    return block
+
+
+def _all_moe(frequency: Any) -> bool:
+    return isinstance(frequency, list) and all(frequency)
+
+
+def _with_zero_experts(
+    spec: ModuleSpec, config: ZeroExpertTransformerConfig, use_transformer_engine: bool
+) -> ModuleSpec:
+    """A copy of a stock layer spec whose MoE layer and router know zero experts; dense layers pass through."""
+    submodules = spec.submodules
+    mlp = submodules.mlp
+    if not (isinstance(mlp, partial) and mlp.func is MoELayer):
+        return spec
+    if config.num_zero_experts:
+        moe_submodules = replace(mlp.keywords["submodules"], router=ZeroExpertRouter)
+        mlp = partial(ZeroExpertMoELayer, **{**mlp.keywords, "submodules": moe_submodules})
+    changes: dict[str, Any] = {"mlp": mlp}
+    if not use_transformer_engine and not config.multi_latent_attention:
+        changes["sharded_state_dict_keys_map"] = dict(_TRANSFORMER_ENGINE_NAMES)
+    return replace(spec, submodules=replace(submodules, **changes))

@@ -1,0 +1,40 @@
+"""Shared fixtures. Everything runs on the CPU, offline, with one thread per process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from spawn import _free_port, initialize_megatron
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def _default_process_group() -> Iterator[None]:
+    from megatron_zeda import platform
+
+    platform.install()
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, init_method=f"tcp://127.0.0.1:{_free_port()}"
+    )
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def megatron(_default_process_group: None) -> Iterator[None]:
+    """Megatron-Core initialised in this process: TP = PP = EP = CP = DP = 1, seeded."""
+    from megatron.core import parallel_state
+
+    initialize_megatron()
+    yield
+    parallel_state.destroy_model_parallel()

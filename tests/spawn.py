@@ -1,0 +1,64 @@
+"""Run a function in several gloo processes: the one helper of all distributed tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _worker(rank: int, fn: Callable[..., Any], world_size: int, port: int, results: Any, args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    from megatron_zeda import platform
+
+    platform.install()
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=240))
+    try:
+        results[rank] = fn(rank, world_size, *args)
+    except BaseException:
+        # Printed here as well: the parent shows one rank's traceback, and it may be a neighbour's broken connection.
+        traceback.print_exc()
+        raise
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``fn(rank, world_size, *args)`` in ``world_size`` spawned processes with a gloo default group.
+
+    ``fn`` must be importable (a module-level function of a test file); what it returns must be picklable.
+
+    Returns:
+        The ranks' return values, by rank.
+    """
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_worker, args=(fn, world_size, _free_port(), results, args), nprocs=world_size, join=True)
+        return [results[rank] for rank in range(world_size)]
+
+
+def initialize_megatron(seed: int = 1234, **sizes: Any) -> None:
+    """Megatron-Core's process groups and random states on top of the default group; sizes as its own keywords."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**sizes)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
