@@ -22,9 +22,7 @@ def _default_process_group() -> Iterator[None]:
     from megatron_zeda import platform
 
     platform.install()
-    torch.distributed.init_process_group(
-        "gloo", rank=0, world_size=1, init_method=f"tcp://127.0.0.1:{_free_port()}"
-    )
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"tcp://127.0.0.1:{_free_port()}")
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,32 +1,28 @@
 """What changes in Megatron-Core's MoE: router, loss, layer, dispatcher, spec and injection.
 
-Importing this package prepares Megatron-Core for machines without a GPU (:func:`megatron_zeda.platform.install`).
+On a machine without a GPU call :func:`megatron_zeda.platform.install` before building models.
 """
 
-from megatron_zeda.platform import install
-
-install()
-
-from megatron_zeda.zero_experts.config import (  # noqa: E402
+from megatron_zeda.zero_experts.config import (
     ZeroExpertMLATransformerConfig,
     ZeroExpertTransformerConfig,
     unsupported_settings,
 )
-from megatron_zeda.zero_experts.group_balance import (  # noqa: E402
+from megatron_zeda.zero_experts.group_balance import (
     group_balancing_loss,
     target_skip_rate,
     weight_for_skip_rate,
 )
-from megatron_zeda.zero_experts.injection import default_num_zero_experts, draw_zero_rows, widen_gate  # noqa: E402
-from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer  # noqa: E402
-from megatron_zeda.zero_experts.router import (  # noqa: E402
+from megatron_zeda.zero_experts.injection import default_num_zero_experts, draw_zero_rows, widen_gate
+from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
+from megatron_zeda.zero_experts.router import (
     ZeroExpertRouter,
     masked_zero_experts,
     set_loss_tokens,
     zero_expert_routers,
 )
-from megatron_zeda.zero_experts.specs import get_zero_expert_block_spec, get_zero_expert_layer_spec  # noqa: E402
-from megatron_zeda.zero_experts.statistics import RouterStatistics, router_statistics  # noqa: E402
+from megatron_zeda.zero_experts.specs import get_zero_expert_block_spec, get_zero_expert_layer_spec
+from megatron_zeda.zero_experts.statistics import RouterStatistics, router_statistics
 
 __all__ = [
     "RouterStatistics",

@@ -145,7 +145,9 @@ def _value_problems(config: Any) -> list[str]:
     if config.zero_expert_balance_coeff < 0:
         problems.append(f"zero_expert_balance_coeff: must not be negative, got {config.zero_expert_balance_coeff}")
     if config.num_moe_experts and config.num_zero_experts and config.moe_router_topk > config.num_moe_experts:
-        problems.append(f"moe_router_topk: {config.moe_router_topk} selections out of {config.num_moe_experts} real experts")
+        problems.append(
+            f"moe_router_topk: {config.moe_router_topk} selections out of {config.num_moe_experts} real experts"
+        )
     return problems
 
 

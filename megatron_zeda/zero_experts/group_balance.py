@@ -62,7 +62,9 @@ def group_balancing_loss(
     """
     num_zero_experts = probs.shape[-1] - num_real_experts
     if probs.shape != routing_map.shape or probs.dim() != 2:
-        raise ValueError(f"probs {tuple(probs.shape)} and routing_map {tuple(routing_map.shape)} must both be [T, E + Z]")
+        raise ValueError(
+            f"probs {tuple(probs.shape)} and routing_map {tuple(routing_map.shape)} must both be [T, E + Z]"
+        )
     if num_zero_experts <= 0:
         raise ValueError(f"no zero expert: {probs.shape[-1]} columns for {num_real_experts} real experts")
     if zero_expert_weight <= 0:

@@ -34,7 +34,9 @@ def draw_zero_rows(gate_weight: torch.Tensor, num_zero_experts: int, *, seed: in
         ValueError: if the weight is not a matrix of at least two finite rows, or ``num_zero_experts`` is not positive.
     """
     if gate_weight.dim() != 2 or gate_weight.shape[0] < 2:
-        raise ValueError(f"{name}: a router weight is [experts, hidden] with 2 or more experts, got {tuple(gate_weight.shape)}")
+        raise ValueError(
+            f"{name}: a router weight is [experts, hidden] with 2 or more experts, got {tuple(gate_weight.shape)}"
+        )
     if num_zero_experts < 1:
         raise ValueError(f"num_zero_experts must be positive, got {num_zero_experts}")
     rows_EH = gate_weight.detach().cpu().double()

@@ -47,7 +47,9 @@ class ZeroExpertRouter(TopKRouter):
     :class:`~megatron_zeda.zero_experts.layer.ZeroExpertMoELayer`).
     """
 
-    def __init__(self, config: ZeroExpertTransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False) -> None:
+    def __init__(
+        self, config: ZeroExpertTransformerConfig, pg_collection: Any = None, is_mtp_layer: bool = False
+    ) -> None:
         wide = copy.copy(config)  # not dataclasses.replace: E + Z need not be divisible by anything
         wide.num_moe_experts = config.num_moe_experts + config.num_zero_experts
         super().__init__(config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)

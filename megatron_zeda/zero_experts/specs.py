@@ -43,15 +43,17 @@ def get_zero_expert_layer_spec(
     if not config.num_moe_experts:
         raise ValueError("num_moe_experts is not set: there is no MoE layer to give zero experts to")
     if config.moe_layer_freq != 1 and not _all_moe(config.moe_layer_freq):
-        raise ValueError(f"moe_layer_freq={config.moe_layer_freq}: some layers are dense; use get_zero_expert_block_spec")
+        raise ValueError(
+            f"moe_layer_freq={config.moe_layer_freq}: some layers are dense; use get_zero_expert_block_spec"
+        )
     if use_transformer_engine is None:
         use_transformer_engine = config.transformer_impl == "transformer_engine"
-    shared = dict(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        qk_layernorm=config.qk_layernorm,
-        multi_latent_attention=config.multi_latent_attention,
-    )
+    shared = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
     if use_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(**shared)
     else:
