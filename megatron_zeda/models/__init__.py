@@ -1,0 +1,21 @@
+"""Model families: Hugging Face configuration <-> Megatron-Core, and the names of every weight in both worlds."""
+
+from megatron_zeda.models.base import ExpertLayout, Family, HfPiece, Packing, WeightRow
+from megatron_zeda.models.build import build_gpt_model, build_transformer_config, parallel_problems
+from megatron_zeda.models.hf_config import HfConfig, load_hf_config
+from megatron_zeda.models.registry import FAMILIES, family_for
+
+__all__ = [
+    "FAMILIES",
+    "ExpertLayout",
+    "Family",
+    "HfConfig",
+    "HfPiece",
+    "Packing",
+    "WeightRow",
+    "build_gpt_model",
+    "build_transformer_config",
+    "family_for",
+    "load_hf_config",
+    "parallel_problems",
+]

@@ -1,0 +1,112 @@
+"""From a Hugging Face configuration to Megatron-Core objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from megatron_zeda import platform
+from megatron_zeda.errors import InputError
+from megatron_zeda.models.hf_config import where_of
+from megatron_zeda.models.registry import family_for
+
+
+def build_transformer_config(hf_config: dict[str, Any], *, where: str | Path | None = None, **overrides: Any) -> Any:
+    """Build the family's ``ZeroExpertTransformerConfig``.
+
+    What the checkpoint says is overridden by what the machine forces, and that by ``overrides``.
+
+    Args:
+        hf_config: the content of ``config.json``.
+        where: the path to name in errors.
+        overrides: any ``TransformerConfig`` field.
+
+    Raises:
+        InputError: for a configuration that is not supported, an unknown field, or a combination Megatron-Core refuses.
+    """
+    platform.install()
+    where = where_of(hf_config) if where is None else where
+    family = family_for(hf_config, where=where)
+    config_class = family.transformer_config_class()
+    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+    for name in overrides:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise InputError(
+                f"`{name}` is not a field of {config_class.__name__}",
+                where=where,
+                fix=f"did you mean `{close[0]}`?" if close else "",
+            )
+    values = {
+        **family.transformer_config_kwargs(hf_config),
+        **platform.transformer_config_overrides(),
+        **overrides,
+    }
+    problems = parallel_problems(hf_config, **{name: values[name] for name in _PARALLEL_SIZES if name in values})
+    if problems:
+        raise InputError("; ".join(problems), where=where)
+    try:
+        return config_class(**values)
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"Megatron-Core refuses this configuration: {error}", where=where) from error
+
+
+_PARALLEL_SIZES = (
+    "tensor_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+def parallel_problems(
+    hf_config: dict[str, Any],
+    *,
+    tensor_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+) -> list[str]:
+    """One line for every size of the model that the parallel layout does not divide."""
+    family = family_for(hf_config)
+    values = family.transformer_config_kwargs(hf_config)
+    expert_tp = tensor_model_parallel_size if expert_tensor_parallel_size is None else expert_tensor_parallel_size
+    tp = ("tensor_model_parallel_size", tensor_model_parallel_size)
+    ep = ("expert_model_parallel_size", expert_model_parallel_size)
+    checks = [
+        ("num_attention_heads", values["num_attention_heads"], *tp),
+        ("vocab_size", family.gpt_model_kwargs(hf_config)["vocab_size"], *tp),
+        ("number of experts", values["num_moe_experts"], *ep),
+        ("moe_intermediate_size", values["moe_ffn_hidden_size"], "expert_tensor_parallel_size", expert_tp),
+    ]
+    return [f"{what} {size} is not divisible by {name} {by}" for what, size, name, by in checks if size % by]
+
+
+def build_gpt_model(
+    hf_config: dict[str, Any],
+    transformer_config: Any,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    pg_collection: Any = None,
+) -> Any:
+    """Build Megatron-Core's ``GPTModel`` with our layer spec (the stock layers when Z is 0).
+
+    The vocabulary is not padded; a tensor-parallel size that does not divide it is refused by
+    :func:`build_transformer_config`.
+    """
+    platform.install()
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_zeda.zero_experts import get_zero_expert_layer_spec
+
+    return GPTModel(
+        config=transformer_config,
+        transformer_layer_spec=get_zero_expert_layer_spec(transformer_config),
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+        **family_for(hf_config).gpt_model_kwargs(hf_config),
+    )

@@ -1,0 +1,1 @@
+"""Modelling code that travels with exported checkpoints, so that serving engines load them."""
