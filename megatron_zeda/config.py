@@ -111,6 +111,8 @@ class DatasetSettings(Section):
 
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    """Hugging Face folder or sentencepiece ``.model`` file. null: the model's folder."""
     packing: bool = False
     num_workers: Natural = 0
     """Processes that tokenise in advance; 0: the training process does it."""

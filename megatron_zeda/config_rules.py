@@ -1,0 +1,389 @@
+"""The rules a configuration must keep: what this version does not do, and what must fit together.
+
+Every rule is a function that yields :class:`Problem` objects; nothing stops at the first one. The world size and
+the model's ``config.json`` are optional, and the rules that need them wait until they are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from megatron_zeda.config import Config, smallest_world_size
+from megatron_zeda.errors import InputError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken rule.
+
+    Attributes:
+        keys: the settings involved, the one to look at first.
+        message: what is wrong, with the values, a clause without a full stop.
+        fix: what to write instead.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.message}" + (f"; {self.fix}" if self.fix else "")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting (or a whole section) that is known but not served: only ``accepted`` values pass.
+
+    Attributes:
+        key: dotted key; of a section, every setting in it is meant.
+        reason: why, a clause without a full stop.
+        fix: what to do instead.
+        accepted: the values that pass; empty: the default only.
+    """
+
+    key: str
+    reason: str
+    fix: str = ""
+    accepted: tuple[Any, ...] = ()
+
+
+# Rows go when the code that serves the setting comes.
+NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
+    Refusal("train.stage", "stage 2 (on-policy distillation) is not in this version", "use 1"),
+    Refusal("rollout", "training does not generate responses in this version", "run `zeda rollout` before it"),
+    Refusal("distillation.forward_kl", "stage 1 trains on cross entropy alone in this version", "use 0"),
+    Refusal("distillation.reverse_kl", "stage 1 trains on cross entropy alone in this version", "use 0"),
+    Refusal("distillation.estimator", "only the full-vocabulary KL is in this version", "use full"),
+    Refusal("distillation.temperature", "the KL is measured at temperature 1 in this version", "use 1.0"),
+    Refusal("zero_experts.method", "only the ZEDA method is in this version", "use zeda"),
+    Refusal("teacher.placement", "the teacher stays on the training device in this version", "use device"),
+    Refusal("dataset.packing", "sequences are padded, not packed, in this version", "use false"),
+    Refusal("dataset.num_workers", "the training process tokenises by itself in this version", "use 0"),
+    Refusal("model.context_parallel_size", "context parallelism is not in this version", "use 1"),
+    Refusal(
+        "model.virtual_pipeline_model_parallel_size",
+        "interleaved pipelines are not in this version",
+        "use null",
+    ),
+    Refusal("model.fp8", "FP8 is not in this version", "use null"),
+    Refusal("model.fp8_recipe", "FP8 is not in this version", "use null"),
+    Refusal(
+        "model.moe_token_dispatcher_type",
+        "its managers rebuild the routing and would send skipped tokens to arbitrary experts",
+        "use alltoall",
+        accepted=("alltoall", "allgather"),
+    ),
+    Refusal(
+        "ddp.average_in_collective",
+        "the loss is normalised by the tokens of the global batch, which Megatron-Core does not average",
+        "use false",
+    ),
+    Refusal("checkpoint.async_save", "checkpoints are written synchronously in this version", "use false"),
+    Refusal("logger.wandb_project", "Weights & Biases is not in this version", "use logger.tensorboard"),
+)
+
+# TransformerConfig fields that a setting of ours or the trainer itself decides.
+_OVERRIDE_OWNERS = {
+    "num_zero_experts": "zero_experts.num_zero_experts",
+    "zero_expert_weight": "zero_experts.weight",
+    "zero_expert_balance_coeff": "zero_experts.balance_coeff",
+    "zero_expert_logit_bias": "zero_experts.logit_bias",
+    "params_dtype": "model.bf16",
+    "pipeline_dtype": "model.bf16",
+    "autocast_dtype": "model.bf16",
+    "fp16": "model.bf16",
+    "calculate_per_token_loss": "",
+    "finalize_model_grads_func": "",
+    "grad_scale_func": "",
+    "no_sync_func": "",
+    "grad_sync_func": "",
+    "param_sync_func": "",
+}
+
+
+def get(config: Config, key: str) -> Any:
+    """Return the value at a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def find_problems(
+    config: Config, *, world_size: int | None = None, hf_config: Mapping[str, Any] | None = None
+) -> list[Problem]:
+    """Return every broken rule.
+
+    Args:
+        config: a configuration whose single values have the right types.
+        world_size: number of processes; None leaves out what depends on it.
+        hf_config: the model's ``config.json``; None leaves out what depends on it.
+    """
+    problems = [
+        *_refused(config),
+        *_required(config),
+        *_layout(config, world_size),
+        *_batch(config, world_size),
+        *_recompute(config),
+        *_optimizer(config),
+        *_schedule(config),
+        *_overrides(config),
+        *_zero_experts(config),
+    ]
+    if hf_config is not None:
+        problems += _shape(config, dict(hf_config))
+    return problems
+
+
+def _refused(config: Config) -> Iterator[Problem]:
+    default = Config()
+    for row in NOT_IN_THIS_VERSION:
+        value = get(config, row.key)
+        keys = [f"{row.key}.{f.name}" for f in fields(value)] if is_dataclass(value) else [row.key]
+        for key in keys:
+            got = get(config, key)
+            if got not in (row.accepted or (get(default, key),)):
+                yield Problem((key,), f"{got!r} is refused: {row.reason}", row.fix)
+
+
+def _required(config: Config) -> Iterator[Problem]:
+    if config.model.checkpoint is None:
+        yield Problem(
+            ("model.checkpoint",),
+            "the Megatron folder to start from is not given",
+            "write one with checkpoint_tools/hf_to_megatron.py",
+        )
+    if not config.dataset.train:
+        yield Problem(("dataset.train",), "no training data is given", "name one or more jsonl files")
+    if config.logger.run_dir is None:
+        yield Problem(("logger.run_dir",), "the folder of the run is not given", "name a folder of its own")
+    train = config.train
+    if (train.train_iters is None) == (train.train_epochs is None):
+        found = "neither is" if train.train_iters is None else "both are"
+        yield Problem(
+            ("train.train_iters", "train.train_epochs"),
+            f"the length of the run is train_iters or train_epochs, and {found} given",
+            "give exactly one",
+        )
+    if config.distillation.cross_entropy == 0 and config.distillation.forward_kl == 0:
+        yield Problem(("distillation.cross_entropy",), "every term of the objective has weight 0", "use 1.0")
+
+
+def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
+    model = config.model
+    tp, parallel = model.tensor_model_parallel_size, model.sequence_parallel
+    if parallel != (tp > 1):
+        yield Problem(
+            ("model.sequence_parallel", "model.tensor_model_parallel_size"),
+            f"{str(parallel).lower()} with tensor_model_parallel_size {tp}: Megatron-Core trains MoE layers "
+            "with sequence parallelism exactly when that size is above 1",
+            f"use {str(tp > 1).lower()}",
+        )
+    if model.seq_length % tp:
+        yield Problem(
+            ("model.seq_length", "model.tensor_model_parallel_size"),
+            f"{model.seq_length} is not a multiple of tensor_model_parallel_size {tp}, which splits it",
+            f"use {_neighbours(model.seq_length, tp)}",
+        )
+    if world_size is None:
+        return
+    for name, sizes in (
+        ("tensor_model_parallel_size", ("tensor_model", "context", "pipeline_model")),
+        ("expert_model_parallel_size", ("expert_tensor", "expert_model", "pipeline_model")),
+    ):
+        keys = [f"{size}_parallel_size" for size in sizes]
+        product = 1
+        for key in keys:
+            product *= getattr(model, key)
+        if world_size % product:
+            values = " x ".join(f"{key} {getattr(model, key)}" for key in keys)
+            yield Problem(
+                (f"model.{name}", *(f"model.{key}" for key in keys)),
+                f"{values} = {product} does not divide the world size {world_size}",
+                f"change the sizes, or start a multiple of {smallest_world_size(config)} processes",
+            )
+
+
+def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
+    model, train = config.model, config.train
+    dense = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    data_parallel = 1 if world_size is None or world_size % dense else world_size // dense
+    step = train.micro_batch_size * data_parallel
+    if train.global_batch_size % step:
+        yield Problem(
+            ("train.global_batch_size", "train.micro_batch_size"),
+            f"{train.global_batch_size} is not a multiple of micro_batch_size {train.micro_batch_size} x "
+            f"data-parallel size {data_parallel} = {step}",
+            f"use {_neighbours(train.global_batch_size, step)}",
+        )
+
+
+def _recompute(config: Config) -> Iterator[Problem]:
+    model = config.model
+    granularity = model.recompute_granularity
+    for name, wanted in (("recompute_method", "full"), ("recompute_num_layers", "full")):
+        value = getattr(model, name)
+        if value is not None and granularity != wanted:
+            yield Problem(
+                (f"model.{name}", "model.recompute_granularity"),
+                f"{value!r} has no effect unless recompute_granularity is {wanted}",
+                "remove it, or set recompute_granularity",
+            )
+        if value is None and granularity == wanted:
+            yield Problem(
+                (f"model.{name}", "model.recompute_granularity"),
+                f"not given, and recompute_granularity is {wanted}",
+                "use uniform" if name == "recompute_method" else "use 1",
+            )
+    if model.recompute_modules is not None and granularity != "selective":
+        yield Problem(
+            ("model.recompute_modules", "model.recompute_granularity"),
+            f"{model.recompute_modules} has no effect unless recompute_granularity is selective",
+            "remove it, or set recompute_granularity",
+        )
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem(
+            ("optimizer.min_lr", "optimizer.lr"),
+            f"{optimizer.min_lr:g} is above lr {optimizer.lr:g}",
+            "lower it",
+        )
+    needs = [
+        ("optimizer.use_precision_aware_optimizer", "optimizer.use_distributed_optimizer"),
+        ("optimizer.optimizer_cpu_offload", "optimizer.use_precision_aware_optimizer"),
+        ("optimizer.overlap_cpu_optimizer_d2h_h2d", "optimizer.optimizer_cpu_offload"),
+        ("ddp.overlap_param_gather", "optimizer.use_distributed_optimizer"),
+        ("ddp.overlap_param_gather", "ddp.overlap_grad_reduce"),
+    ]
+    for key, needed in needs:
+        if get(config, key) and not get(config, needed):
+            yield Problem((key, needed), f"true needs {needed}, which is false", f"set {needed}=true")
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(optimizer, name) == "fp32":
+            continue
+        keys = (
+            f"optimizer.{name}",
+            "optimizer.use_precision_aware_optimizer",
+            "optimizer.optimizer_cpu_offload",
+        )
+        if not optimizer.use_precision_aware_optimizer:
+            yield Problem(keys, "bf16 needs optimizer.use_precision_aware_optimizer", "use fp32, or turn that on")
+        elif optimizer.optimizer_cpu_offload:
+            yield Problem(keys, "bf16 has no effect on offloaded Adam states, which are fp32", "use fp32")
+    if optimizer.optimizer_offload_fraction != 1.0 and not optimizer.optimizer_cpu_offload:
+        yield Problem(
+            ("optimizer.optimizer_offload_fraction", "optimizer.optimizer_cpu_offload"),
+            f"{optimizer.optimizer_offload_fraction:g} has no effect without optimizer.optimizer_cpu_offload",
+            "remove it, or turn that on",
+        )
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    scheduler, iters = config.scheduler, config.train.train_iters
+    decay = scheduler.lr_decay_iters or iters
+    warmup = scheduler.lr_warmup_iters
+    if decay is not None and warmup is not None and warmup >= decay:
+        yield Problem(
+            ("scheduler.lr_warmup_iters", "scheduler.lr_decay_iters", "train.train_iters"),
+            f"{warmup} steps of warm-up do not end before step {decay}, where the decay ends",
+            "lower it",
+        )
+
+
+def _overrides(config: Config) -> Iterator[Problem]:
+    own = {f.name for f in fields(config.model)}
+    for name in config.model.overrides:
+        key = f"model.overrides.{name}"
+        if name in own:
+            yield Problem((key,), "has a setting of its own", f"set model.{name}")
+        elif name in _OVERRIDE_OWNERS:
+            owner = _OVERRIDE_OWNERS[name]
+            yield Problem((key,), "is decided by " + (owner or "the trainer"), f"set {owner}" if owner else "remove it")
+
+
+def _zero_experts(config: Config) -> Iterator[Problem]:
+    zero = config.zero_experts
+    if zero.target_skip_rate is not None and zero.weight != type(zero)().weight:
+        yield Problem(
+            ("zero_experts.target_skip_rate", "zero_experts.weight"),
+            f"{zero.target_skip_rate:g} sets the weight, and zero_experts.weight is {zero.weight:g}",
+            "give one of the two",
+        )
+
+
+def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
+    from megatron_zeda.models import family_for
+
+    model = config.model
+    try:
+        family = family_for(hf_config, where=str(config.hf_dir))
+        num_zero = family.num_zero_experts(hf_config)
+        shape = family.transformer_config_kwargs(hf_config)
+        longest = family.gpt_model_kwargs(hf_config)["max_sequence_length"]
+    except InputError as error:
+        yield Problem(("model.hf",), str(error))
+        return
+    stages = model.pipeline_model_parallel_size
+    divisions = [
+        ("num_moe_experts", "experts", "expert_model_parallel_size", model.expert_model_parallel_size),
+        (
+            "num_attention_heads",
+            "attention heads",
+            "tensor_model_parallel_size",
+            model.tensor_model_parallel_size,
+        ),
+        ("num_layers", "layers", "pipeline_model_parallel_size", stages),
+        (
+            "moe_ffn_hidden_size",
+            "units of an expert",
+            "expert_tensor_parallel_size",
+            model.expert_tensor_parallel_size,
+        ),
+    ]
+    for field_name, noun, key, size in divisions:
+        if shape[field_name] % size:
+            yield Problem(
+                (f"model.{key}",),
+                f"{size} does not divide the {shape[field_name]} {noun}",
+                "use a divisor of it",
+            )
+    groups, tp = (
+        shape.get("num_query_groups") or shape["num_attention_heads"],
+        model.tensor_model_parallel_size,
+    )
+    if groups % tp and tp % groups:
+        yield Problem(
+            ("model.tensor_model_parallel_size",),
+            f"{tp} is neither a multiple nor a divisor of the {groups} key-value heads",
+            "use one that is",
+        )
+    if model.seq_length > longest:
+        yield Problem(("model.seq_length",), f"{model.seq_length} is above the model's {longest} positions", "lower it")
+    yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
+
+
+def _zero_expert_shape(config: Config, num_experts: int, num_zero: int) -> Iterator[Problem]:
+    asked = config.zero_experts.num_zero_experts
+    if num_zero == 0:
+        yield Problem(
+            ("model.hf",),
+            f"{config.hf_dir} is a static model without zero experts",
+            "run checkpoint_tools/inject_zero_experts.py and convert its output",
+        )
+    elif asked is not None and asked != num_zero:
+        yield Problem(
+            ("zero_experts.num_zero_experts",),
+            f"{asked}, but the model has {num_zero} for its {num_experts} real experts",
+            f"use {num_zero} or null, or inject {asked} into the original model",
+        )
+
+
+def _neighbours(value: int, step: int) -> str:
+    """The multiples of ``step`` next to ``value``, for a message."""
+    below = value - value % step
+    return f"{below} or {below + step}" if below else str(step)
