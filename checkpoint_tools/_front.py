@@ -1,0 +1,60 @@
+"""What the four tools share: run from a checkout, one line per error, exit codes, ``--json``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_zeda.errors import ZedaError  # noqa: E402  (the line above makes it importable from a checkout)
+
+Work = Callable[[argparse.Namespace], tuple[int, dict[str, Any], list[str]]]
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options every tool has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def run(parser: argparse.ArgumentParser, work: Work, argv: list[str] | None = None) -> int:
+    """Parse, work, print.
+
+    Args:
+        parser: from :func:`make_parser`.
+        work: gives the exit code, the result for ``--json`` and the lines for people.
+        argv: command line, by default the process's.
+
+    Returns:
+        0 done, 1 failed (or checkpoints differ), 2 wrong input.
+    """
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")  # libraries announcing which optional kernels this machine lacks
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a conversion reads folders only
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code, result, lines = work(args)
+    except ZedaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"error": str(error)}))
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    print(json.dumps(result) if args.json else "\n".join(lines))
+    return code
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    # An exception, so that unfinished output is removed on the way out.
+    raise KeyboardInterrupt

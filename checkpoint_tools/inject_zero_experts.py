@@ -1,0 +1,35 @@
+"""Make a static Hugging Face checkpoint dynamic: widen every router by Z zero experts.
+
+python checkpoint_tools/inject_zero_experts.py --input QWEN3 --output QWEN3-DYNAMIC [--num-zero-experts 64] [--seed 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from _front import make_parser, run
+
+
+def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
+    from megatron_zeda.conversion import inject_zero_experts
+
+    result = inject_zero_experts(args.input, args.output, num_zero_experts=args.num_zero_experts, seed=args.seed)
+    real, zero = result["num_experts"], result["num_zero_experts"]
+    return 0, result, [f"{args.output}: {real} real + {zero} zero experts, seed {args.seed}"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool."""
+    parser = make_parser("Inject zero experts into a static Hugging Face checkpoint.")
+    parser.add_argument("--input", type=Path, required=True, help="static Hugging Face folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    parser.add_argument("--num-zero-experts", type=int, help="Z; half the number of experts if not given")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new router rows")
+    return run(parser, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""A Hugging Face checkpoint folder, seen through its family's weight table."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from megatron_zeda.conversion.folders import sha256, write_json
+from megatron_zeda.conversion.safetensors_io import SafetensorsReader, check_inside
+from megatron_zeda.errors import InputError
+from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, family_for, load_hf_config
+
+SIDE_FILES = (
+    "tokenizer*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What travels with the weights: tokenizer, chat template, generation settings, licence. Never code, never pickles."""
+
+
+class HfFolder:
+    """A checked Hugging Face checkpoint: configuration, family, table and tensors that agree with each other.
+
+    Attributes:
+        layout: how its experts lie on disk.
+        rows: its weight table.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open and check a folder.
+
+        Raises:
+            InputError: for a configuration or weights that are not what the family's table says.
+        """
+        self.path = Path(path)
+        self.config = load_hf_config(path)
+        self.family: Family = family_for(self.config)
+        self.reader = SafetensorsReader(path)
+        fused = self.family.fused_tensor_names(self.config) & self.reader.tensors.keys()
+        self.layout: ExpertLayout = "fused" if fused else "per_expert"
+        self.rows = self.family.weight_table(self.config, self.layout)
+        self._check_tensors()
+
+    @property
+    def num_zero_experts(self) -> int:
+        """Z; 0 for a static checkpoint."""
+        return self.family.num_zero_experts(self.config)
+
+    def read(self, piece: HfPiece) -> torch.Tensor:
+        """Read one piece of the table."""
+        return self.reader.read(piece.name, piece.slot)
+
+    def dtype(self, piece: HfPiece) -> torch.dtype:
+        """Its type on disk."""
+        return self.reader.tensors[piece.name].dtype
+
+    def file_hashes(self) -> dict[str, dict[str, Any]]:
+        """Name -> size and SHA-256 of the configuration and of every weight file."""
+        files = [self.path / "config.json", *self.reader.files]
+        return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_tensors(self) -> None:
+        stored = self.reader.tensors
+        expected = {piece.name: piece for row in self.rows for piece in row.pieces}
+        for row in self.rows:
+            for piece in row.pieces:
+                if row.grow is not None and piece.name in stored:
+                    self._check_gate(piece)
+        for names, problem in (
+            (expected.keys() - stored.keys(), "missing"),
+            (stored.keys() - expected.keys(), "unexpected"),
+        ):
+            if names:
+                raise InputError(
+                    f"{len(names)} tensors are {problem}, the first is {min(names)}",
+                    where=self.path,
+                    rule=f"exactly the tensors of {self.family.name} with this config.json",
+                )
+        for name, piece in expected.items():
+            if stored[name].shape != piece.tensor_shape:
+                raise InputError(
+                    f"{name} has the wrong shape",
+                    where=stored[name].file,
+                    value=list(stored[name].shape),
+                    rule=f"{list(piece.tensor_shape)} by config.json",
+                )
+
+    def _check_gate(self, piece: HfPiece) -> None:
+        """The two mistakes worth a message of their own: a router that was not widened, and one that already was."""
+        shape, real = self.reader.tensors[piece.name].shape, self.family.num_experts(self.config)
+        if not shape or shape[0] == piece.shape[0]:
+            return
+        path = self.reader.tensors[piece.name].file
+        if self.num_zero_experts and shape[0] == real:
+            raise InputError(
+                f"{piece.name} was not widened",
+                where=path,
+                value=list(shape),
+                rule=f"config.json announces {self.num_zero_experts} zero experts, so {piece.shape[0]} rows",
+                fix="start from the static checkpoint and run inject_zero_experts.py",
+            )
+        if not self.num_zero_experts and shape[0] > real:
+            raise InputError(
+                f"{piece.name} has more rows than there are experts: zero experts were injected already",
+                where=path,
+                value=list(shape),
+                rule=f"{real} rows by config.json",
+                fix="restore the zce_* keys of config.json, or start from the static checkpoint",
+            )
+
+
+def pieces_of(rows: Iterable[WeightRow]) -> list[HfPiece]:
+    """All pieces of a table, in its order."""
+    return [piece for row in rows for piece in row.pieces]
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy tokenizer, chat template, generation settings and licence, if they are there; return their names."""
+    copied = []
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            name = path.relative_to(source)
+            if not path.is_file() or path.suffix in (".py", ".pkl", ".bin", ".pt") or str(name) in copied:
+                continue
+            check_inside(path, source)
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / name)
+            copied.append(str(name))
+    return copied
+
+
+def write_config(target: Path, config: dict[str, Any], family: Family) -> None:
+    """Write ``config.json``, and beside a dynamic one the modelling code it refers to."""
+    write_json(target / "config.json", config)
+    if family.num_zero_experts(config):
+        code = importlib.resources.files("megatron_zeda.serving") / family.modeling_file
+        (target / family.modeling_file).write_bytes(code.read_bytes())

@@ -1,0 +1,84 @@
+"""Static Hugging Face checkpoint -> dynamic one: every router grows by Z rows, nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_zeda.conversion.folders import need_space, new_folder, write_json
+from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, write_config
+from megatron_zeda.conversion.manifest import MANIFEST_FILE, make_manifest
+from megatron_zeda.conversion.progress import progress
+from megatron_zeda.conversion.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsWriter, total_bytes
+from megatron_zeda.errors import InputError
+from megatron_zeda.models import load_hf_config
+from megatron_zeda.models.registry import family_for
+
+
+def inject_zero_experts(
+    input: str | Path,
+    output: str | Path,
+    *,
+    num_zero_experts: int | None = None,
+    seed: int = 0,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a dynamic copy of a static checkpoint, complete with configuration, modelling code and tokenizer.
+
+    Args:
+        input: static Hugging Face folder.
+        output: folder to create.
+        num_zero_experts: Z; by default half the number of experts.
+        seed: seed of the new router rows.
+        shard_bytes: largest weight file to write.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        InputError: for an input that is not a good static checkpoint, or an output that exists.
+        ZedaError: if the disk is full.
+    """
+    config = load_hf_config(input)
+    if family_for(config).is_dynamic(config):
+        raise InputError(
+            "zero experts were injected already", where=input, fix="start from the static checkpoint it was made from"
+        )
+    with HfFolder(input) as source, new_folder(output) as folder:
+        family, real = source.family, source.family.num_experts(config)
+        zero = real // 2 if num_zero_experts is None else num_zero_experts
+        if type(zero) is not int or zero < 1:
+            raise InputError(
+                "the number of zero experts is wrong", where="--num-zero-experts", value=zero, rule="positive"
+            )
+        dynamic = family.make_dynamic(config, zero)
+        family.validate(dynamic)
+        grown = {piece.name: row.grow for row in source.rows for piece in row.pieces if row.grow is not None}
+        plan = {}
+        for name, info in sorted(source.reader.tensors.items()):
+            rows = (info.shape[0] + zero, *info.shape[1:]) if name in grown else info.shape
+            plan[name] = (info.dtype, rows)
+        need_space(folder, total_bytes(source.reader.tensors.values()))
+        shard_bytes = shard_bytes if source.reader.sharded else 2**62
+        with SafetensorsWriter(folder, plan, shard_bytes=shard_bytes) as writer:
+            for name in progress(plan, "inject"):
+                tensor = source.reader.read(name)
+                grow = grown.get(name)
+                if grow is not None:
+                    tensor = torch.cat([tensor, _new_rows(grow, tensor, zero, seed, name, source)])
+                writer.write(name, tensor)
+        write_config(folder, dynamic, family)
+        copy_side_files(source.path, folder)
+        manifest = make_manifest(source, num_zero_experts=zero, seed=seed, expert_layout=source.layout)
+        write_json(folder / MANIFEST_FILE, manifest)
+    return manifest
+
+
+def _new_rows(grow: Any, tensor: torch.Tensor, zero: int, seed: int, name: str, source: HfFolder) -> torch.Tensor:
+    try:
+        rows: torch.Tensor = grow(tensor, zero, seed=seed, name=name)
+    except ValueError as error:
+        raise InputError(str(error), where=source.reader.tensors[name].file) from error
+    return rows
