@@ -40,7 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("check", "train"):
         # `--section.key=value` is tolerated; argparse would take it for an unknown flag.
         arguments = [re.sub(r"^--(?=\w+\.)", "", word) for word in arguments]
-    args = _parser(command).parse_args(arguments)
+    parser = _parser(command)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes the positional arguments in one piece; the overrides behind a flag are left over.
+    if rest and (command not in ("check", "train") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)

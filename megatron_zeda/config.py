@@ -80,8 +80,8 @@ class ZeroExpertSettings(Section):
     """alpha, the coefficient of the group balancing loss."""
     target_skip_rate: OpenShare | None = None
     """Sets ``weight`` from the skip rate that is wanted: w = r N / (Z (1 - r))."""
-    logit_bias: NoNaN = 0.0
-    """Added to the logits of the zero experts before the softmax; ``-.inf`` turns them off."""
+    logit_bias: NoNaN | None = None
+    """Added to the zero experts' logits before the softmax; ``-.inf`` turns them off. null: as in ``config.json``."""
     method: str = "zeda"
 
 

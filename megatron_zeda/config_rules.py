@@ -323,45 +323,31 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
     try:
         family = family_for(hf_config, where=str(config.hf_dir))
         num_zero = family.num_zero_experts(hf_config)
-        shape = family.transformer_config_kwargs(hf_config)
-        longest = family.gpt_model_kwargs(hf_config)["max_sequence_length"]
+        shape = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
     except InputError as error:
         yield Problem(("model.hf",), str(error))
         return
-    stages = model.pipeline_model_parallel_size
+    tp = model.tensor_model_parallel_size
     divisions = [
-        ("num_moe_experts", "experts", "expert_model_parallel_size", model.expert_model_parallel_size),
-        (
-            "num_attention_heads",
-            "attention heads",
-            "tensor_model_parallel_size",
-            model.tensor_model_parallel_size,
-        ),
-        ("num_layers", "layers", "pipeline_model_parallel_size", stages),
-        (
-            "moe_ffn_hidden_size",
-            "units of an expert",
-            "expert_tensor_parallel_size",
-            model.expert_tensor_parallel_size,
-        ),
+        ("num_moe_experts", "experts", "expert_model"),
+        ("num_attention_heads", "attention heads", "tensor_model"),
+        ("vocab_size", "tokens of the vocabulary", "tensor_model"),
+        ("num_layers", "layers", "pipeline_model"),
+        ("moe_ffn_hidden_size", "units of an expert", "expert_tensor"),
     ]
-    for field_name, noun, key, size in divisions:
-        if shape[field_name] % size:
-            yield Problem(
-                (f"model.{key}",),
-                f"{size} does not divide the {shape[field_name]} {noun}",
-                "use a divisor of it",
-            )
-    groups, tp = (
-        shape.get("num_query_groups") or shape["num_attention_heads"],
-        model.tensor_model_parallel_size,
-    )
+    for name, noun, kind in divisions:
+        size = getattr(model, f"{kind}_parallel_size")
+        if shape[name] % size:
+            message = f"{size} does not divide the model's {shape[name]} {noun}"
+            yield Problem((f"model.{kind}_parallel_size",), message, "use a divisor of that number")
+    groups = shape["num_query_groups"]
     if groups % tp and tp % groups:
         yield Problem(
             ("model.tensor_model_parallel_size",),
-            f"{tp} is neither a multiple nor a divisor of the {groups} key-value heads",
+            f"{tp} is neither a multiple nor a divisor of the model's {groups} key-value heads",
             "use one that is",
         )
+    longest = shape["max_sequence_length"]
     if model.seq_length > longest:
         yield Problem(("model.seq_length",), f"{model.seq_length} is above the model's {longest} positions", "lower it")
     yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
