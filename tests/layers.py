@@ -38,6 +38,7 @@ def layer_config(**changes: Any) -> ZeroExpertTransformerConfig:
         "activation_func": torch.nn.functional.silu,
         "normalization": "RMSNorm",
         "qk_layernorm": True,
+        "init_method_std": 0.2,  # outputs of order one, so that tolerances mean something
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **platform.transformer_config_overrides(),

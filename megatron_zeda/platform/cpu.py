@@ -147,6 +147,39 @@ def _patch_split_sizes() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
 
 
+def _patch_uneven_collectives() -> None:
+    """NCCL gathers and scatters parts of different sizes, gloo does not; expert tensor parallelism needs it.
+
+    With zero experts the ranks of a tensor-parallel group never hold the same number of rows.
+    """
+    gather, scatter = torch.distributed.all_gather, torch.distributed.reduce_scatter
+
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, **kwargs: Any) -> Any:
+        longest = max(part.shape[0] for part in tensor_list) if tensor.dim() else 0
+        if all(part.shape == tensor_list[0].shape for part in tensor_list):
+            return gather(tensor_list, tensor, group=group, **kwargs)
+        padded = tensor.new_zeros(longest, *tensor.shape[1:])
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in tensor_list]
+        gather(parts, padded, group=group)
+        for part, source in zip(tensor_list, parts, strict=True):
+            part.copy_(source[: part.shape[0]])
+        return None
+
+    def reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if all(part.shape == input_list[0].shape for part in input_list):
+            return scatter(output, input_list, *args, **kwargs)
+        group = kwargs.get("group")
+        whole = torch.cat(input_list)
+        torch.distributed.all_reduce(whole, group=group)
+        rank = torch.distributed.get_rank(group)
+        output.copy_(whole.split([part.shape[0] for part in input_list])[rank])
+        return None
+
+    torch.distributed.all_gather = all_gather
+    torch.distributed.reduce_scatter = reduce_scatter
+
+
 def _patch_norm() -> None:
     """The stock torch norm refuses sequence parallelism, which MoE training with TP > 1 requires.
 
@@ -181,5 +214,6 @@ def install() -> None:
     _patch_cuda_module()
     _patch_random_states()
     _patch_split_sizes()
+    _patch_uneven_collectives()
     _patch_norm()
     _installed = True

@@ -1,0 +1,145 @@
+"""Configuration, injection and specs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from layers import E, K, Z, layer_config
+from megatron.core.models.gpt import GPTModel
+
+from megatron_zeda.zero_experts import (
+    ZeroExpertMLATransformerConfig,
+    draw_zero_rows,
+    get_zero_expert_block_spec,
+    get_zero_expert_layer_spec,
+    unsupported_settings,
+    widen_gate,
+)
+from megatron_zeda.zero_experts.config import REFUSALS
+
+# A setting that makes each refusal apply, keyed by the refusal's name: a new refusal without one fails the test below.
+REFUSED: dict[str, dict[str, Any]] = {
+    "moe_aux_loss_coeff": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-3},
+    "moe_z_loss_coeff": {"moe_z_loss_coeff": 1e-3},
+    "moe_router_load_balancing_type=sinkhorn": {"moe_router_load_balancing_type": "sinkhorn"},
+    "moe_router_load_balancing_type=quantile_balancing": {"moe_router_load_balancing_type": "quantile_balancing"},
+    "moe_expert_capacity_factor": {"moe_expert_capacity_factor": 1.0},
+    "moe_pad_expert_input_to_capacity": {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0},
+    "moe_router_padding_for_quantization": {"moe_router_padding_for_quantization": True},
+    "moe_router_num_groups": {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
+    "moe_token_dispatcher_type=flex": {"moe_token_dispatcher_type": "flex"},
+    "transformer_impl=inference_optimized": {"transformer_impl": "inference_optimized"},
+    "moe_router_fusion with moe_enable_routing_replay": {"moe_router_fusion": True, "moe_enable_routing_replay": True},
+    "cuda_graph_impl": {"cuda_graph_impl": "transformer_engine"},
+    "moe_shared_expert_overlap": {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 16},
+    "mtp_num_layers": {"mtp_num_layers": 1},
+    "moe_latent_size": {"moe_latent_size": 16},
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.setting)
+def test_every_refusal_refuses(refusal: Any) -> None:
+    """Checked on the fields alone: Megatron's own validation may object to the combination for reasons of its own."""
+    config = layer_config()
+    for name, value in REFUSED[refusal.setting].items():
+        assert hasattr(config, name), name
+        object.__setattr__(config, name, value)
+    lines = [line for line in unsupported_settings(config) if line.startswith(refusal.setting)]
+    assert lines and refusal.reason in lines[0] and refusal.alternative in lines[0]
+    config.num_zero_experts = 0
+    assert unsupported_settings(config) == []  # upstream's business
+
+
+@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_expert_capacity_factor", "moe_z_loss_coeff"])
+def test_construction_raises(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        layer_config(**REFUSED[name])
+
+
+def test_all_problems_at_once_and_bad_values() -> None:
+    with pytest.raises(ValueError) as error:
+        layer_config(num_zero_experts=2, zero_expert_weight=0.0, zero_expert_balance_coeff=-1.0, moe_z_loss_coeff=1.0)
+    for part in ("zero_expert_weight", "zero_expert_balance_coeff", "moe_z_loss_coeff"):
+        assert part in str(error.value)
+    with pytest.raises(ValueError, match="must not be negative"):
+        layer_config(num_zero_experts=-1)
+    with pytest.raises(ValueError, match="real experts"):
+        layer_config(moe_router_topk=E + 1)
+
+
+def test_fields_survive_replace() -> None:
+    config = dataclasses.replace(layer_config(zero_expert_weight=3.0), num_layers=2)
+    assert (config.num_zero_experts, config.zero_expert_weight) == (Z, 3.0)
+    names = {field.name for field in dataclasses.fields(ZeroExpertMLATransformerConfig)}
+    assert {"num_zero_experts", "zero_expert_weight", "q_lora_rank"} <= names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_injected_rows_follow_the_columns(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scale, shift = torch.linspace(0.1, 3.0, 64), torch.linspace(-2, 2, 64)
+    gate = (torch.randn(128, 64, generator=generator) * scale + shift).to(dtype)
+    rows = draw_zero_rows(gate, 4096, seed=7, name="model.layers.0.mlp.gate.weight")
+    assert rows.dtype == dtype and rows.shape == (4096, 64)
+    old, new = gate.double(), rows.double()
+    # Standard errors of 4,096 draws: sigma / 64 for a mean, sigma / 90 for a deviation; five of them.
+    assert ((new.mean(0) - old.mean(0)).abs() < 5 * old.std(0) / 64 + 1e-2 * (dtype == torch.bfloat16)).all()
+    assert ((new.std(0) / old.std(0) - 1).abs() < 5 / 90).all()
+
+
+def test_injection_is_seeded_by_seed_and_name_only() -> None:
+    gate = torch.randn(16, 8)
+    draw = lambda seed, name: draw_zero_rows(gate, 4, seed=seed, name=name)  # noqa: E731
+    torch.manual_seed(123)
+    first = draw(0, "a")
+    torch.randn(10)
+    assert torch.equal(draw(0, "a"), first)
+    assert not torch.equal(draw(1, "a"), first)
+    assert not torch.equal(draw(0, "b"), first)
+    wide = widen_gate(gate, 4, seed=0, name="a")
+    assert torch.equal(wide[:16], gate) and torch.equal(wide[16:], first)
+
+
+def test_injection_bad_input() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        draw_zero_rows(torch.full((4, 4), float("nan")), 2, seed=0, name="gate")
+    with pytest.raises(ValueError, match="2 or more"):
+        draw_zero_rows(torch.zeros(1, 4), 2, seed=0, name="gate")
+    with pytest.raises(ValueError, match="positive"):
+        draw_zero_rows(torch.randn(4, 4), 0, seed=0, name="gate")
+
+
+@pytest.mark.usefixtures("megatron")
+def test_checkpoint_names_are_transformer_engines() -> None:
+    config = layer_config(num_layers=2)
+    model = GPTModel(config, get_zero_expert_layer_spec(config), vocab_size=64, max_sequence_length=32)
+    keys = {tensor.key for tensor in model.sharded_state_dict().values() if hasattr(tensor, "key")}
+    prefix = "decoder.layers."
+    assert {
+        prefix + "self_attention.linear_qkv.layer_norm_weight",
+        prefix + "pre_mlp_layernorm.weight",
+        prefix + "mlp.router.weight",
+        prefix + "mlp.experts.experts.linear_fc1.weight",
+        prefix + "mlp.experts.experts.linear_fc2.weight",
+    } <= keys
+    assert not any("input_layernorm" in key or "mlp.linear_fc1" in key for key in keys)
+
+
+def test_specs_say_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="num_moe_experts"):
+        get_zero_expert_layer_spec(layer_config(num_moe_experts=None, num_zero_experts=0, moe_ffn_hidden_size=None))
+    with pytest.raises(ValueError, match="get_zero_expert_block_spec"):
+        get_zero_expert_layer_spec(layer_config(num_layers=2, moe_layer_freq=[0, 1]))
+
+
+@pytest.mark.usefixtures("megatron")
+def test_block_spec_mixes_dense_and_dynamic_layers() -> None:
+    config = layer_config(num_layers=2, moe_layer_freq=[0, 1])
+    model = GPTModel(config, get_zero_expert_block_spec(config), vocab_size=64, max_sequence_length=32)
+    kinds = [type(layer.mlp).__name__ for layer in model.decoder.layers]
+    assert kinds == ["MLP", "ZeroExpertMoELayer"]
+    assert model.decoder.layers[1].mlp.router.weight.shape[0] == E + Z
+    assert K <= E
