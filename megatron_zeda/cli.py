@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from megatron_zeda import __version__
-from megatron_zeda.errors import ZedaError
+from megatron_zeda.config import Config
+from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.launch import Ranks, ranks_from_environment
 
 # Commands that define their own flags: a module with add_arguments(parser) and run(args) -> exit code, and the help.
@@ -48,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides += rest
     run: Callable[[argparse.Namespace], int] = args.run
+    _quieten()
     try:
         return run(args)
     except ZedaError as error:
@@ -56,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _quieten() -> None:
+    """Drop what Megatron-Core and torch say about optional libraries at import, unless Python was told to warn."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -123,11 +135,38 @@ def _check_or_raise(args: argparse.Namespace) -> int:
         from megatron_zeda.models import load_hf_config
 
         hf_config = load_hf_config(shape.parent)
+        notes += _check_megatron(config, hf_config)
         if shape.parent != config.hf_dir:
             notes.append(f"the model's shape was taken from {shape}")
     facts = derived(config, world_size or smallest_world_size(config), hf_config)
     _print_check(args.json, asdict(config), to_yaml(config), facts, notes)
     return 0
+
+
+def _check_megatron(config: Config, hf_config: dict[str, Any]) -> list[str]:
+    """Let Megatron-Core judge the model's settings. Last, because importing it takes seconds.
+
+    Returns:
+        Notes on settings that need what this machine lacks, such as Transformer Engine on a login node.
+    """
+    from megatron_zeda import platform
+    from megatron_zeda.config_io import ConfigErrors
+    from megatron_zeda.training.setup import transformer_config
+
+    forced = platform.transformer_config_overrides()
+    named = {name: value for name, value in forced.items() if hasattr(config.model, name)}
+    wanted = {f"model.{name}": getattr(config.model, name) for name, value in named.items()}
+    wanted |= {f"model.overrides.{name}": value for name, value in config.model.overrides.items() if name in forced}
+    lacking = {key: value for key, value in wanted.items() if value != forced[key.rpartition(".")[2]]}
+    overrides = {name: value for name, value in config.model.overrides.items() if name not in forced}
+    portable = replace(config, model=replace(config.model, overrides=overrides, **named))
+    try:
+        transformer_config(portable, hf_config, where=Path("model"))
+    except InputError as error:
+        raise ConfigErrors(str(error).splitlines()) from error
+    return [
+        f"{key}={value} needs a GPU or libraries that this machine lacks: not checked" for key, value in lacking.items()
+    ]
 
 
 def _print_check(

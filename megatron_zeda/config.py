@@ -286,6 +286,14 @@ class Config(Section):
             return Path(self.model.hf)
         return Path(self.model.checkpoint) / "hf" if self.model.checkpoint is not None else None
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder or file of the tokenizer."""
+        path = Path(self.dataset.tokenizer) if self.dataset.tokenizer is not None else self.hf_dir
+        if path is None:
+            raise ValueError("neither dataset.tokenizer nor the model is set")
+        return path
+
 
 def smallest_world_size(config: Config) -> int:
     """Return the smallest number of processes that the parallel sizes allow."""
