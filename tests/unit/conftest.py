@@ -1,0 +1,23 @@
+"""Tiny Hugging Face folders, made once for all unit tests. Tests must not write into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A static Qwen3-MoE folder with a tokenizer: 3 layers, 8 experts, K = 4."""
+    from tiny_hf import save_static
+
+    return save_static(tmp_path_factory.mktemp("tiny") / "static")
+
+
+@pytest.fixture(scope="session")
+def tiny_dynamic(tiny_static: Path) -> Path:
+    """The same model with 4 zero experts."""
+    from tiny_hf import save_dynamic
+
+    return save_dynamic(tiny_static, tiny_static.parent / "dynamic")
