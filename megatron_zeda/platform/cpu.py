@@ -99,17 +99,18 @@ def _patch_tensors() -> None:
 
 
 def _patch_cuda_module() -> None:
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
+    def nothing() -> Callable[..., None]:
+        # A function of its own each time: torch's compiler keeps a table by function and refuses duplicates.
+        return lambda *_, **__: None
 
     def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
         torch.set_rng_state(state)
 
     replacements: dict[str, Any] = {
         "current_device": lambda: _CPU,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "set_device": nothing(),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
         "current_stream": lambda *_, **__: _Stream(),
         "default_stream": lambda *_, **__: _Stream(),
         "stream": lambda stream: stream if stream is not None else _Stream(),
@@ -122,8 +123,8 @@ def _patch_cuda_module() -> None:
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    torch.cuda.nvtx.range_push = nothing  # type: ignore[assignment]
-    torch.cuda.nvtx.range_pop = nothing  # type: ignore[assignment]
+    torch.cuda.nvtx.range_push = nothing()  # type: ignore[assignment]
+    torch.cuda.nvtx.range_pop = nothing()  # type: ignore[assignment]
 
 
 def _patch_random_states() -> None:
@@ -176,7 +177,7 @@ def _patch_uneven_collectives() -> None:
         output.copy_(whole.split([part.shape[0] for part in input_list])[rank])
         return None
 
-    torch.distributed.all_gather = all_gather
+    torch.distributed.all_gather = all_gather  # type: ignore[assignment]
     torch.distributed.reduce_scatter = reduce_scatter
 
 

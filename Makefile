@@ -1,0 +1,57 @@
+# make quickstart | make test | make check. Each sets up .venv by itself on a fresh machine.
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test check lint types unit clean
+
+help:
+	@echo "make quickstart   a small post-trained MoE becomes a dynamic one, end to end (minutes, on a CPU)"
+	@echo "make test         every test (no GPU needed)"
+	@echo "make check        lint, types and unit tests"
+
+install: $(STAMP)
+
+# The first Python that can run the project, then uv (which brings one), else one line that says what to install.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; \
+	suits='import sys, venv, ensurepip; sys.exit(not (3, 12) <= sys.version_info[:2] < (3, 14))'; \
+	if [ ! -x $(PY) ]; then \
+		for candidate in python3.12 python3 python3.13; do \
+			if $$candidate -c "$$suits" >/dev/null 2>&1; then \
+				echo "creating $(VENV) with $$($$candidate --version)"; $$candidate -m venv $(VENV); break; \
+			fi; \
+		done; \
+	fi; \
+	if [ ! -x $(PY) ] && command -v uv >/dev/null 2>&1; then uv venv --seed --python 3.12 $(VENV); fi; \
+	if [ ! -x $(PY) ]; then \
+		echo "error: no Python 3.12 or 3.13 with the venv module found: install python3.12 and python3.12-venv, or uv" >&2; exit 1; \
+	fi
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(PY) examples/quickstart/run.py
+
+test: export OMP_NUM_THREADS = 1
+test: $(STAMP)
+	$(PY) -m pytest
+
+check: lint types unit
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(STAMP)
+	$(PY) -m mypy
+
+unit: export OMP_NUM_THREADS = 1
+unit: $(STAMP)
+	$(PY) -m pytest tests/unit
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
