@@ -1,0 +1,81 @@
+"""What a run says about itself before and during the work."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import torch
+
+from megatron_zeda import platform
+from megatron_zeda.config import Config
+from megatron_zeda.distillation import Scores, TeacherStates
+from megatron_zeda.training.setup import Data
+from megatron_zeda.training.validation import ValidationResult
+
+
+def lines(
+    config: Config, facts: dict[str, Any], data: Data, chunks: list[Any], teacher: TeacherStates | None
+) -> list[str]:
+    """The derived numbers, one group a line."""
+    parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    model = config.model
+    sizes = {
+        "TP": model.tensor_model_parallel_size,
+        "PP": model.pipeline_model_parallel_size,
+        "EP": model.expert_model_parallel_size,
+        "DP": facts["data_parallel_size"],
+    }
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    text = [
+        f"megatron-core {importlib.metadata.version('megatron-core')}, torch {torch.__version__}, {platform.device()}, "
+        f"{platform.backend()}, Transformer Engine {_yes(platform.have_transformer_engine())}, "
+        f"fused weight gradient {_yes(platform.have_fused_weight_gradient())}",
+        f"model: {facts['family']}, {facts['num_experts']} experts + {facts['num_zero_experts']} zero experts a layer, "
+        f"{parameters:,} parameters on this rank, {'bf16' if model.bf16 else 'fp32'}",
+        f"zero experts: w {facts['zero_expert_weight']:g}, alpha {config.zero_experts.balance_coeff:g}, "
+        f"target skip rate {100 * facts['target_skip_rate']:.1f} %",
+        f"layout: {layout} = {facts['world_size']} processes, {facts['num_micro_batches']} micro-batches of "
+        f"{config.train.micro_batch_size} sequences a step, at most {facts['tokens_per_step']:,} tokens a step",
+    ]
+    for name, statistics in data.statistics.items():
+        share = statistics.loss_tokens / statistics.tokens
+        text.append(
+            f"{name}: {statistics.samples:,} samples, {statistics.tokens:,} tokens ({100 * share:.0f} % response), longest "
+            f"{statistics.longest:,}, {statistics.cut_to_sequence} cut to the sequence, {statistics.stopped_at_limit} "
+            "stopped at a length limit"
+        )
+    epochs = facts["train_iters"] * config.train.global_batch_size / data.statistics["train"].samples
+    text.append(
+        f"schedule: {facts['train_iters']} steps ({epochs:.2f} epochs), {config.scheduler.lr_decay_style}, "
+        f"lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}"
+    )
+    if teacher is None:
+        text.append("teacher: none (teacher.checkpoint is null): no parity gate before the first step, no KL")
+    else:
+        text.append(
+            f"teacher: {config.teacher.checkpoint}, its hidden states on the first held-out batch take "
+            f"{teacher.num_bytes / 2**20:.1f} MiB on this rank"
+        )
+    return text
+
+
+def gate_line(scores: Scores) -> str:
+    """What the parity gate measured."""
+    return (
+        f"parity gate passed: zero experts masked, {scores.tokens} response tokens, mean KL to the teacher {scores.kl:.2g}, "
+        f"largest logit difference {scores.max_difference:.2g}"
+    )
+
+
+def validation_line(step: int, result: ValidationResult) -> str:
+    """One evaluation on the held-out responses."""
+    distance = "" if result.kl_forward is None else f", KL to the teacher {result.kl_forward:.4f}"
+    return (
+        f"step {step}: held out: ce {result.ce:.4f}{distance}, skip rate {100 * result.skip_rate:.1f} % "
+        f"({result.tokens} response tokens)"
+    )
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

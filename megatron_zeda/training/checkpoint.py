@@ -1,0 +1,263 @@
+"""Checkpoints in Megatron-LM's layout, complete or visibly absent.
+
+::
+
+    <save>/latest_checkpointed_iteration.txt   written last
+    <save>/iter_0000100/                       torch_dist, plus config.yaml and zeda_manifest.json
+    <save>/hf/                                 the model's config.json and tokenizer, so that export needs nothing else
+
+A checkpoint is written into a hidden sibling folder and renamed when it is complete. It can be loaded at another layout:
+weights and optimizer states are stored in the shape of the whole model.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_zeda.config import Config
+from megatron_zeda.config_io import to_yaml
+from megatron_zeda.conversion import megatron_io
+from megatron_zeda.errors import InputError, ZedaError, disk_errors
+from megatron_zeda.training.setup import unwrap
+
+# Stored in the shape of whole parameters, so that another layout can load them.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        iteration: steps done, updated or not.
+        consumed_samples: samples seen.
+        skipped_steps: steps whose loss or gradient was not finite.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """What can be wrong with a checkpoint, as one clear error."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        yield
+    except (CheckpointingException, CheckpointException, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ZedaError(
+            f"the checkpoint cannot be loaded into this model: {reason}",
+            where=folder,
+            rule="family, shape and number of zero experts must be those of model.hf",
+            fix="check that the folder is complete and belongs to this model",
+        ) from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk as one clear error, also when it comes wrapped from one of the writers."""
+    try:
+        with disk_errors(folder):
+            yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
+            raise ZedaError("the disk is full", where=folder, fix="free space or choose another folder") from error
+        raise
+
+
+def _model_state(chunks: list[Any]) -> dict[str, Any]:
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=_METADATA) for name, chunk in zip(names, chunks, strict=True)
+    }
+
+
+def _load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    for name, chunk in zip(names, chunks, strict=True):
+        unwrap(chunk).load_state_dict(state[name], strict=True)
+
+
+def load_weights(chunks: list[Any], folder: Path) -> None:
+    """Load the weights of the latest checkpoint in ``folder`` into model chunks of any layout.
+
+    Raises:
+        ZedaError: the folder is no checkpoint of this model, or its pickled index refers to anything unexpected.
+    """
+    from megatron.core import dist_checkpointing
+
+    iteration_dir = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder))
+    megatron_io.check_pickles(iteration_dir)
+    with _loading(iteration_dir):
+        state = dist_checkpointing.load(_model_state(chunks), str(iteration_dir), strict="raise_unexpected")
+        _load_model_state(chunks, state)
+
+
+def resume_folder(config: Config) -> Path | None:
+    """Where a run goes on: its own folder once it has saved there, else ``checkpoint.load``; None for a fresh run.
+
+    Raises:
+        InputError: ``checkpoint.load`` is given but holds no checkpoint.
+    """
+    for folder in (config.save_dir, config.load_dir):
+        if (folder / _LATEST).is_file():
+            return folder
+    if config.checkpoint.load is not None:
+        raise InputError(
+            f"no {_LATEST} in this folder",
+            where="checkpoint.load",
+            value=config.checkpoint.load,
+            fix="name a folder with a checkpoint, or remove checkpoint.load to start from model.checkpoint",
+        )
+    return None
+
+
+# ---- random states --------------------------------------------------------------------------------------------------
+
+
+def _rng_state() -> dict[str, Any]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": dict(get_cuda_rng_tracker().get_states()),
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    torch.cuda.set_rng_state(state["cuda"])
+    torch.set_rng_state(state["cpu"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _sharded_rng_state() -> Any:
+    from megatron.core.dist_checkpointing import ShardedObject
+
+    world = torch.distributed.get_world_size()
+    return ShardedObject("rng_state", _rng_state(), (world,), (torch.distributed.get_rank(),), replica_id=0)
+
+
+# ---- saving and resuming --------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler: Any, progress: Progress) -> Path:
+    """Write one checkpoint on all ranks; a collective call.
+
+    Returns:
+        The iteration's folder.
+
+    Raises:
+        ZedaError: the disk is full or the folder cannot be written; the checkpoint is then absent.
+    """
+    from megatron.core import dist_checkpointing
+
+    final = megatron_io.iteration_dir(config.save_dir, progress.iteration)
+    partial = final.with_name(f".{final.name}.partial")
+    first = torch.distributed.get_rank() == 0
+    with _writing(config.save_dir):
+        if first:
+            config.save_dir.mkdir(parents=True, exist_ok=True)
+            for left_over in config.save_dir.glob(".iter_*"):
+                shutil.rmtree(left_over)
+            partial.mkdir()
+        torch.distributed.barrier()
+        state = _model_state(chunks)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=_METADATA)
+        state |= {
+            "opt_param_scheduler": scheduler.state_dict(),
+            "rng_state": _sharded_rng_state(),
+            "checkpoint_version": 3.0,
+            "zeda_progress": asdict(progress),
+            "iteration": progress.iteration,
+        }
+        dist_checkpointing.save(state, str(partial), content_metadata=dict(_METADATA))
+        if first:
+            _finish(config, partial, final, progress)
+        torch.distributed.barrier()
+    return final
+
+
+def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> None:
+    """Everything beside the tensors, then the renames that make the checkpoint exist."""
+    (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert config.model.checkpoint is not None  # the rules of the configuration demand it
+    source = Path(config.model.checkpoint)
+    manifest = megatron_io.read_manifest(source)
+    manifest |= {"iteration": progress.iteration, "layout": _layout(config), "seed": config.train.seed}
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
+    write_atomically(config.save_dir / "zeda_manifest.json", text)
+    if not (config.save_dir / "hf").exists() and config.hf_dir is not None:
+        copy = config.save_dir / f".hf.partial-{os.getpid()}"
+        shutil.copytree(source / "hf", copy)
+        os.replace(copy, config.save_dir / "hf")
+    if final.exists():  # written, but the run was killed before it became the latest
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    write_atomically(config.save_dir / _LATEST, f"{progress.iteration}\n")
+    if config.checkpoint.keep_last is not None:
+        for old in sorted(config.save_dir.glob("iter_*"))[: -config.checkpoint.keep_last]:
+            doomed = old.with_name(f".{old.name}.deleted")
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+
+
+def _layout(config: Config) -> dict[str, int]:
+    sizes = {key: value for key, value in asdict(config.model).items() if key.endswith("_parallel_size") and value}
+    return {**sizes, "world_size": torch.distributed.get_world_size()}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def resume(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
+    """Load the latest checkpoint of a run; a collective call.
+
+    Returns:
+        The progress, and whether the random states were restored (only when the number of processes is the same).
+    """
+    from megatron.core import dist_checkpointing
+
+    iteration_dir = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder))
+    megatron_io.check_pickles(iteration_dir)
+    saved = json.loads((iteration_dir / "zeda_manifest.json").read_text(encoding="utf-8"))
+    same_size = saved["layout"]["world_size"] == torch.distributed.get_world_size()
+    with _loading(iteration_dir):
+        state = _model_state(chunks)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=_METADATA)
+        if same_size:
+            state["rng_state"] = _sharded_rng_state()
+        state = dist_checkpointing.load(state, str(iteration_dir), strict="raise_unexpected")
+        _load_model_state(chunks, state)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["opt_param_scheduler"])
+        if same_size:
+            _set_rng_state(state["rng_state"])
+    return Progress(**state["zeda_progress"]), same_size

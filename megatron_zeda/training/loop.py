@@ -1,0 +1,280 @@
+"""Stage 1 from beginning to end, in reading order."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_zeda.config import Config, derived, num_train_iters
+from megatron_zeda.config_io import to_yaml
+from megatron_zeda.data import GlobalBatch, training_batches
+from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate
+from megatron_zeda.errors import InputError, ZedaError, disk_errors
+from megatron_zeda.models import family_for, load_hf_config
+from megatron_zeda.training import banner, checkpoint, setup, validation
+from megatron_zeda.training.checkpoint import Progress
+from megatron_zeda.training.metrics import Metrics
+from megatron_zeda.training.signals import StopRequest
+from megatron_zeda.training.step import StepResult, train_step
+from megatron_zeda.zero_experts import RouterStatistics, router_statistics
+
+# Steps without a finite loss and gradient in a row after which going on is pointless.
+_MOST_SKIPPED_IN_A_ROW = 10
+
+
+def train(config: Config) -> int:
+    """Run (or go on with) the training a configuration describes; called on every rank.
+
+    Returns:
+        The exit code: 0 when the run is finished, or was asked to stop and has saved.
+
+    Raises:
+        InputError: data, checkpoints or settings are wrong.
+        ZedaError: the parity gate, a checkpoint or the disk failed, or the loss stayed infinite.
+    """
+    with StopRequest(minutes=config.train.exit_duration_in_mins) as stop:
+        created = setup.start_processes(config)
+        finished = False
+        try:
+            _run(config, stop)
+            finished = True
+        finally:
+            # After an error the other ranks may be inside a collective: only the end of the process frees them.
+            if finished or torch.distributed.get_world_size() == 1:
+                setup.end_processes(created)
+    return 0
+
+
+@dataclass
+class _Student:
+    """What a step changes."""
+
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    progress: Progress
+
+
+def _run(config: Config, stop: StopRequest) -> None:
+    hf_config = _dynamic_hf_config(config)
+    data = setup.load_data(config, hf_config)
+    train_iters = num_train_iters(config, len(data.train.samples))
+    assert train_iters is not None  # the rules of the configuration demand train_iters or train_epochs
+    held_out = validation.held_out(config, data.validation) if data.validation else None
+    resumed_from = checkpoint.resume_folder(config)
+
+    # The teacher runs first and is freed: only its hidden states on the held-out batches stay.
+    fixture = held_out.batches[0] if held_out else next(training_batches(data.train, seed=0, consumed_samples=0))
+    fixture_states = _run_teacher(config, hf_config, held_out, fixture)
+
+    student = _build_student(config, hf_config, train_iters, from_scratch=resumed_from is None)
+    restored_rng = True
+    if resumed_from is not None:
+        student.progress, restored_rng = checkpoint.resume(
+            resumed_from, student.chunks, student.optimizer, student.scheduler
+        )
+    first = torch.distributed.get_rank() == 0
+    if first:
+        with disk_errors(config.run_dir):
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(config.run_dir / "config.yaml", to_yaml(config))
+    metrics = Metrics(
+        config.run_dir,
+        enabled=first,
+        tensorboard=config.logger.tensorboard,
+        start_step=student.progress.iteration,
+        last_step=train_iters,
+        log_interval=config.logger.log_interval,
+    )
+    try:
+        facts = derived(config, torch.distributed.get_world_size(), hf_config) | {"train_iters": train_iters}
+        for line in banner.lines(config, facts, data, student.chunks, fixture_states):
+            metrics.say(line)
+        if resumed_from is not None:
+            note = "" if restored_rng else " (another number of processes: random states start anew)"
+            metrics.say(f"resuming at step {student.progress.iteration} from {resumed_from}{note}")
+        elif fixture_states is not None:
+            gate = parity_gate(student.chunks, fixture_states, fixture, exact=not config.model.bf16)
+            metrics.say(banner.gate_line(gate))
+        _loop(config, student, data, held_out, train_iters, metrics, stop)
+        if student.progress.iteration >= train_iters and config.checkpoint.export_hf:
+            _export(config, metrics)
+    finally:
+        metrics.close()
+
+
+def _dynamic_hf_config(config: Config) -> dict[str, Any]:
+    assert config.hf_dir is not None  # the rules of the configuration demand model.checkpoint
+    hf_config = load_hf_config(config.hf_dir)
+    if family_for(hf_config, where=config.hf_dir).num_zero_experts(hf_config) == 0:
+        raise InputError(
+            "a static model without zero experts",
+            where=config.hf_dir,
+            rule="stage 1 trains a dynamic model",
+            fix="run checkpoint_tools/inject_zero_experts.py and convert its output",
+        )
+    return hf_config
+
+
+def _build_student(config: Config, hf_config: dict[str, Any], train_iters: int, *, from_scratch: bool) -> _Student:
+    assert config.model.checkpoint is not None and config.hf_dir is not None
+    chunks = setup.build_chunks(hf_config, setup.transformer_config(config, hf_config, where=config.hf_dir))
+    if from_scratch:
+        checkpoint.load_weights(chunks, Path(config.model.checkpoint))
+    wrapped = setup.wrap_for_training(config, chunks)
+    optimizer, scheduler = setup.build_optimizer(config, wrapped, train_iters=train_iters)
+    for chunk in wrapped:
+        chunk.train()
+    return _Student(wrapped, optimizer, scheduler, Progress())
+
+
+def _run_teacher(
+    config: Config, hf_config: dict[str, Any], held_out: validation.HeldOut | None, fixture: GlobalBatch
+) -> TeacherStates | None:
+    """The teacher's states on the fixture batch; those on all held-out batches go into ``held_out``."""
+    if config.teacher.checkpoint is None:
+        return None
+    folder = Path(config.teacher.checkpoint)
+    teacher_config = load_hf_config(folder / "hf")
+    _check_pair(hf_config, teacher_config, folder)
+    chunks = setup.build_chunks(teacher_config, setup.transformer_config(config, teacher_config, where=folder))
+    checkpoint.load_weights(chunks, folder)
+    teacher = FrozenTeacher(chunks)
+    before = teacher.fingerprint()
+    batches = held_out.batches if held_out else [fixture]
+    states = [teacher.states(batch) for batch in batches]
+    if teacher.fingerprint() != before:
+        raise ZedaError("the teacher's weights changed while it ran", where=folder)
+    if held_out:
+        held_out.teacher = states
+    return states[0]
+
+
+def _check_pair(student: dict[str, Any], teacher: dict[str, Any], folder: Any) -> None:
+    """Refuse a teacher that the student cannot have been made from."""
+    family = family_for(teacher, where=folder)
+    if family.num_zero_experts(teacher):
+        raise InputError(
+            "the teacher has zero experts",
+            where=folder,
+            rule="the teacher is the static model the student was made from",
+        )
+    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size")
+    differing = [key for key in keys if student.get(key) != teacher.get(key)]
+    if family.name != family_for(student).name or differing:
+        raise InputError(
+            f"teacher and student do not belong together: {', '.join(differing) or 'another family'}",
+            where=folder,
+            rule="they differ in their routers only",
+            fix="name the checkpoint the student was injected from",
+        )
+
+
+def _loop(
+    config: Config,
+    student: _Student,
+    data: setup.Data,
+    held_out: validation.HeldOut | None,
+    train_iters: int,
+    metrics: Metrics,
+    stop: StopRequest,
+) -> None:
+    progress = student.progress
+    if progress.iteration >= train_iters:
+        metrics.say(f"nothing left to do: step {progress.iteration} of {train_iters} is reached")
+        return
+    if progress.iteration == 0 and held_out is not None:
+        metrics.say(banner.validation_line(0, validation.validate(student.chunks, held_out)))
+    skipped_in_a_row = 0
+    router_statistics(student.chunks)  # start counting here
+    batches = training_batches(data.train, seed=config.dataset.seed, consumed_samples=progress.consumed_samples)
+    while progress.iteration < train_iters:
+        started = time.perf_counter()
+        batch = next(batches)
+        learning_rate = float(student.optimizer.param_groups[0]["lr"])
+        result = train_step(
+            student.chunks,
+            student.optimizer,
+            student.scheduler,
+            batch,
+            ce_weight=config.distillation.cross_entropy,
+            stop=stop.requested(),
+        )
+        statistics = router_statistics(student.chunks)
+        seconds = time.perf_counter() - started
+
+        progress.iteration += 1
+        progress.consumed_samples += config.train.global_batch_size
+        progress.skipped_steps += not result.updated
+        skipped_in_a_row = 0 if result.updated else skipped_in_a_row + 1
+
+        values = _step_values(config, progress, result, statistics, learning_rate, batch.tokens / seconds)
+        if held_out is not None and (
+            progress.iteration % config.validation.eval_interval == 0 or progress.iteration == train_iters
+        ):
+            outcome = validation.validate(student.chunks, held_out)
+            values |= {"kl_forward": outcome.kl_forward, "validation": asdict(outcome)}
+            metrics.say(banner.validation_line(progress.iteration, outcome))
+        metrics.step(values)
+
+        if skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+            raise ZedaError(
+                f"{skipped_in_a_row} steps in a row without a finite loss and gradient",
+                where=f"step {progress.iteration}",
+                fix="lower optimizer.lr, and look at the data of these steps; the last checkpoint is intact",
+            )
+        ending = result.stop or progress.iteration == train_iters
+        if ending or progress.iteration % config.checkpoint.save_interval == 0:
+            folder = checkpoint.save_checkpoint(config, student.chunks, student.optimizer, student.scheduler, progress)
+            metrics.say(f"step {progress.iteration}: saved {folder}")
+        if result.stop:
+            reason = stop.reason or "another process was asked to stop"
+            metrics.say(f"stopping after step {progress.iteration}: {reason}; the same command goes on from here")
+            return
+
+
+def _step_values(
+    config: Config,
+    progress: Progress,
+    result: StepResult,
+    statistics: RouterStatistics,
+    learning_rate: float,
+    tokens_per_second: float,
+) -> dict[str, Any]:
+    """One line of ``metrics.jsonl``. ``loss`` is the objective; ``balance_loss`` is the mean over layers, without alpha."""
+    balance = config.zero_experts.balance_coeff * sum(statistics.balance_loss_per_layer)
+    return {
+        "step": progress.iteration,
+        "loss": config.distillation.cross_entropy * result.ce + balance,
+        "ce": result.ce,
+        "kl_forward": None,
+        "kl_reverse": None,
+        "balance_loss": statistics.balance_loss,
+        "skip_rate": statistics.skip_rate,
+        "skip_rate_per_layer": statistics.skip_rate_per_layer,
+        "grad_norm": result.grad_norm,
+        "lr": learning_rate,
+        "tokens_per_second": tokens_per_second,
+        "skipped_steps": progress.skipped_steps,
+    }
+
+
+def _export(config: Config, metrics: Metrics) -> None:
+    """Write the student as a Hugging Face folder, replacing the one of an earlier end of this run."""
+    from megatron_zeda.conversion import megatron_to_hf
+
+    if torch.distributed.get_rank() == 0:
+        target = config.run_dir / "hf"
+        fresh = config.run_dir / f".hf.new-{os.getpid()}"
+        megatron_to_hf(config.save_dir, fresh)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(fresh, target)
+        metrics.say(f"exported {target}")
+    torch.distributed.barrier()

@@ -1,0 +1,249 @@
+"""From a configuration to everything a step needs: processes, data, model, optimizer, schedule."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_zeda import platform
+from megatron_zeda.config import Config, num_warmup_iters, zero_expert_weight
+from megatron_zeda.data import BatchBuilder, Sample, SampleStatistics, load_samples, load_tokenizer
+from megatron_zeda.launch import ranks_from_environment
+from megatron_zeda.models import build_gpt_model, build_transformer_config, family_for
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+def start_processes(config: Config) -> bool:
+    """Create the default process group and Megatron-Core's groups, and seed every generator.
+
+    Returns:
+        Whether this call created the default group (the caller then ends it).
+    """
+    platform.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    ranks = ranks_from_environment()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(platform.device())
+    created = not dist.is_initialized()
+    minutes = config.dist.distributed_timeout_minutes
+    if created:
+        dist.init_process_group(
+            platform.backend(),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            store=dist.HashStore() if ranks.world_size == 1 else None,  # one process needs no address
+            timeout=timedelta(minutes=minutes),
+        )
+    model = config.model
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=model.context_parallel_size,
+        expert_model_parallel_size=model.expert_model_parallel_size,
+        expert_tensor_parallel_size=model.expert_tensor_parallel_size,
+        distributed_timeout_minutes=minutes,
+    )
+    # As in Megatron-LM: pipeline stages draw differently, data-parallel ranks alike.
+    seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return created
+
+
+def end_processes(created: bool) -> None:
+    """Undo :func:`start_processes`."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if created:
+        dist.destroy_process_group()
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of a run as batch builders of this rank, and what was read."""
+
+    train: BatchBuilder
+    validation: BatchBuilder | None
+    statistics: dict[str, SampleStatistics]
+
+
+def load_data(config: Config, hf_config: dict[str, Any]) -> Data:
+    """Read and tokenise ``dataset.train`` and ``dataset.validation``."""
+    from megatron.core import parallel_state
+
+    model, train = config.model, config.train
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    builder = partial(
+        BatchBuilder,
+        micro_batch_size=train.micro_batch_size,
+        global_batch_size=train.global_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        # Sequence parallelism splits the sequence; 8 keeps matrix kernels on their fast path.
+        length_multiple=lcm(8, model.tensor_model_parallel_size),
+        device=platform.device(),
+    )
+    builders: dict[str, BatchBuilder] = {}
+    statistics: dict[str, SampleStatistics] = {}
+    for name, paths in (("train", config.dataset.train), ("validation", config.dataset.validation)):
+        if paths:
+            samples: list[Sample] = []
+            for path in paths:
+                samples += load_samples(
+                    Path(path), seq_length=model.seq_length, vocab_size=hf_config["vocab_size"], tokenizer=tokenizer
+                )
+            builders[name], statistics[name] = builder(samples), SampleStatistics.of(samples)
+    return Data(train=builders["train"], validation=builders.get("validation"), statistics=statistics)
+
+
+# ---- model ----------------------------------------------------------------------------------------------------------
+
+
+def transformer_config(config: Config, hf_config: dict[str, Any], *, where: Path) -> Any:
+    """Megatron-Core's configuration of the student or the teacher at the layout of the run."""
+    model, family = config.model, family_for(hf_config, where=where)
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    values: dict[str, Any] = {
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "expert_tensor_parallel_size": model.expert_tensor_parallel_size,
+        "sequence_parallel": model.sequence_parallel,
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_router_dtype": model.moe_router_dtype,
+        "bf16": model.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,  # every weight comes from a checkpoint
+    }
+    for name in ("granularity", "method", "num_layers", "modules"):
+        value = getattr(model, f"recompute_{name}")
+        if value is not None:
+            values[f"recompute_{name}"] = value
+    if model.moe_permute_fusion:
+        values["moe_permute_fusion"] = True
+    num_zero = family.num_zero_experts(hf_config)
+    if num_zero:
+        values["zero_expert_weight"] = zero_expert_weight(config, family.num_experts(hf_config), num_zero)
+        values["zero_expert_balance_coeff"] = config.zero_experts.balance_coeff
+        if config.zero_experts.logit_bias is not None:
+            values["zero_expert_logit_bias"] = config.zero_experts.logit_bias
+    return build_transformer_config(hf_config, where=where, **(values | model.overrides))
+
+
+def build_chunks(hf_config: dict[str, Any], model_config: Any) -> list[Any]:
+    """This rank's model chunks on the device, in bf16 if asked for, without gradients' buffers and without weights."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.module import Float16Module
+
+    num_stages = model_config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(num_stages or 1):
+        stage = vp_stage if num_stages else None
+        place = {"ignore_virtual": False, "vp_stage": stage}
+        chunk = build_gpt_model(
+            hf_config,
+            model_config,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            vp_stage=stage,
+        ).to(platform.device())
+        chunks.append(Float16Module(model_config, chunk) if model_config.bf16 else chunk)
+    return chunks
+
+
+def unwrap(chunk: Any) -> Any:
+    """The ``GPTModel`` inside DDP and ``Float16Module``."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def wrap_for_training(config: Config, chunks: list[Any]) -> list[Any]:
+    """Megatron's DDP around every chunk, and the hooks its schedules call."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer, **asdict(config.ddp)
+    )
+    model_config = chunks[0].config
+    wrapped = [
+        # Gradients of later chunks are ready first; only the first chunk's buckets are worth splitting (as Megatron-LM).
+        DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    model_config.finalize_model_grads_func = finalize_model_grads
+    if config.ddp.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        model_config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+# ---- optimizer ------------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(config: Config, chunks: list[Any], *, train_iters: int) -> tuple[Any, Any]:
+    """Megatron-Core's optimizer and learning-rate schedule, the latter counting optimizer steps."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    settings = asdict(config.optimizer)
+    for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+        settings[name] = _DTYPES[settings[name]]
+    if not settings["optimizer_cpu_offload"]:
+        settings["optimizer_offload_fraction"] = 0.0
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            **settings,
+            bf16=config.model.bf16,
+            params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+            overlap_param_gather=config.ddp.overlap_param_gather,
+        ),
+        chunks,
+    )
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    decay = config.scheduler.lr_decay_iters or train_iters
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        lr_warmup_steps=min(num_warmup_iters(config, train_iters), decay - 1),
+        lr_decay_steps=decay,
+        lr_decay_style=config.scheduler.lr_decay_style,
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        # On resuming, what the configuration says now counts, not what it said when the checkpoint was written.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler

@@ -1,0 +1,50 @@
+"""Stop cleanly when the scheduler asks for it: the next step boundary saves, then the run ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+
+
+class StopRequest:
+    """Remembers that SIGTERM or SIGINT came, or that the time is up; polled once per step.
+
+    A second signal does what it would have done without us, so that a hanging run can still be ended.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, *, minutes: float | None = None) -> None:
+        """Args:
+        minutes: ask for a stop by itself this long after construction.
+        """
+        self.reason: str | None = None
+        self._deadline = None if minutes is None else time.monotonic() + 60.0 * minutes
+        self._minutes = minutes
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._SIGNALS:
+                self._previous[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave us
+        self._previous.clear()
+
+    def _received(self, number: int, _: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        self._restore()
+
+    def requested(self) -> bool:
+        """Whether this process wants to stop; :attr:`reason` says why."""
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = f"train.exit_duration_in_mins={self._minutes:g} is over"
+        return self.reason is not None
