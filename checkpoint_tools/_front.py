@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_zeda.errors import ZedaError  # noqa: E402  (the line above makes it importable from a checkout)
+from megatron_zeda.errors import ZedaError
 
 Work = Callable[[argparse.Namespace], tuple[int, dict[str, Any], list[str]]]
 

@@ -171,7 +171,7 @@ class Family(ABC):
     def make_dynamic(self, hf_config: dict[str, Any], num_zero_experts: int) -> HfConfig:
         """This configuration with Z zero experts, every key written out: nothing is left to a reader's defaults."""
         dynamic = HfConfig(hf_config, where=where_of(hf_config))
-        for key in self.num_experts_keys:
+        for key in self.num_experts_keys[1:]:
             dynamic.pop(key, None)
         dynamic[self.num_experts_keys[0]] = self.num_experts(hf_config)
         dynamic.update(

@@ -1,0 +1,36 @@
+"""Export a Megatron checkpoint, saved at any parallel layout, to a Hugging Face folder.
+
+python checkpoint_tools/megatron_to_hf.py --megatron runs/stage1/checkpoints --hf QWEN3-STAGE1 [--iteration 500]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from _front import make_parser, run
+
+
+def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
+    from megatron_zeda.conversion import megatron_to_hf
+
+    result = megatron_to_hf(args.megatron, args.hf, iteration=args.iteration)
+    line = f"{args.hf}: iteration {result['iteration']}, {result['num_tensors']} tensors, {result['num_bytes']} bytes, verified"
+    return 0, result, [line]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the tool."""
+    parser = make_parser("Export a Megatron checkpoint to a Hugging Face checkpoint.")
+    parser.add_argument(
+        "--megatron", type=Path, required=True, help="Megatron checkpoint folder, or one of its iter_* folders"
+    )
+    parser.add_argument("--hf", type=Path, required=True, help="folder to create")
+    parser.add_argument("--iteration", type=int, help="which iteration; the newest if not given")
+    return run(parser, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

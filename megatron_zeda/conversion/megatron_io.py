@@ -1,0 +1,195 @@
+"""A Megatron checkpoint folder: Megatron-LM's layout plus what is needed to go back to Hugging Face.
+
+<folder>/latest_checkpointed_iteration.txt
+<folder>/iter_0000000/            torch_dist
+<folder>/zeda_manifest.json       where it came from, how experts lay on disk
+<folder>/hf/                      config.json, tokenizer, chat template: training and export need no other source
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_zeda.conversion.manifest import MANIFEST_FILE, read_manifest
+from megatron_zeda.conversion.pickles import check_pickles
+from megatron_zeda.conversion.torch_dist import TorchDistReader, with_stored_vocabulary
+from megatron_zeda.errors import InputError
+from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, family_for, load_hf_config
+
+__all__ = [
+    "MegatronFolder",
+    "check_pickles",
+    "copy_origin",
+    "drop_extra_state",
+    "iteration_dir",
+    "latest_iteration",
+    "load_weights",
+    "read_manifest",
+    "write_latest_iteration",
+]
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+_NOT_WEIGHTS = re.compile(
+    r"(^|\.)(optimizer|rng_state|rerun_state_machine_state|opt_param_scheduler)(\.|/|$)|_extra_state"
+)
+
+
+def iteration_dir(folder: str | Path, iteration: int) -> Path:
+    """Where an iteration is."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(folder: str | Path) -> int:
+    """The newest complete iteration.
+
+    Raises:
+        InputError: if the folder is not a Megatron checkpoint, or the iteration it names is not there.
+    """
+    path = Path(folder) / TRACKER
+    if not path.is_file():
+        raise InputError("no such file", where=path, rule="a Megatron checkpoint folder has one", fix="check the path")
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise InputError("not an iteration number", where=path, value=text[:80])
+    if not iteration_dir(folder, int(text)).is_dir():
+        raise InputError("no such folder", where=iteration_dir(folder, int(text)), rule=f"named by {TRACKER}")
+    return int(text)
+
+
+def write_latest_iteration(folder: str | Path, iteration: int) -> None:
+    """Name the newest complete iteration, atomically."""
+    partial = Path(folder) / f".{TRACKER}.partial"
+    partial.write_text(f"{iteration}\n", encoding="utf-8")
+    partial.replace(Path(folder) / TRACKER)
+
+
+def copy_origin(source: str | Path, target: str | Path) -> None:
+    """Give a new checkpoint folder the manifest and the ``hf/`` folder of the one it was trained from."""
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    if (source / MANIFEST_FILE).is_file():
+        shutil.copyfile(source / MANIFEST_FILE, target / MANIFEST_FILE)
+    if not (target / HF_FOLDER).exists():
+        shutil.copytree(source / HF_FOLDER, target / HF_FOLDER)
+
+
+def drop_extra_state(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Without Transformer Engine's ``_extra_state`` entries, which a checkpoint written on a CPU does not have."""
+    return {name: entry for name, entry in sharded_state_dict.items() if "_extra_state" not in name}
+
+
+def load_weights(model_chunks: Iterable[torch.nn.Module], iteration_folder: str | Path) -> None:
+    """Load the weights of one iteration into a model built at any layout. Collective over all ranks.
+
+    Args:
+        model_chunks: this rank's ``GPTModel`` chunks (one, or one per virtual pipeline stage), not wrapped.
+        iteration_folder: from :func:`iteration_dir`.
+
+    Raises:
+        InputError: for an incomplete checkpoint, or one that does not fit the model.
+        ZedaError: for a checkpoint whose pickles are not only data.
+    """
+    check_pickles(iteration_folder)
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    chunks = list(model_chunks)
+    wanted = {
+        f"model{number}": drop_extra_state(chunk.sharded_state_dict())  # type: ignore[operator]  # Megatron's method
+        for number, chunk in enumerate(chunks)
+    }
+    try:
+        loaded = dist_checkpointing.load(wanted, str(iteration_folder))
+    except (KeyError, CheckpointingException) as error:
+        raise InputError(f"the checkpoint does not fit the model: {error}", where=iteration_folder) from error
+    for number, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
+        missing = [name for name in missing if "_extra_state" not in name]
+        if missing or unexpected:
+            raise InputError(
+                "the checkpoint does not fit the model",
+                where=iteration_folder,
+                value={"missing": missing[:3], "unexpected": unexpected[:3]},
+            )
+
+
+class MegatronFolder:
+    """One iteration of a Megatron checkpoint, seen through its family's weight table as Hugging Face pieces."""
+
+    def __init__(self, path: str | Path, *, iteration: int | None = None, layout: ExpertLayout | None = None) -> None:
+        """Open and check.
+
+        Args:
+            path: the checkpoint folder, or one of its ``iter_*`` folders.
+            iteration: which one; the newest by default.
+            layout: how experts shall lie; by default as in the checkpoint that was imported.
+
+        Raises:
+            InputError: for a folder that is not a Megatron checkpoint of a known family, or not complete.
+            ZedaError: for pickles that are not only data.
+        """
+        self.path = Path(path)
+        match = re.fullmatch(r"iter_(\d{7,})", self.path.name)
+        if match and iteration is None and not (self.path / TRACKER).exists():
+            self.path, iteration = self.path.parent, int(match.group(1))
+        if not self.path.is_dir():
+            raise InputError("no such folder", where=self.path, rule="a Megatron checkpoint folder")
+        self.iteration = latest_iteration(self.path) if iteration is None else iteration
+        self.hf = self.path / HF_FOLDER
+        self.config = load_hf_config(self.hf)
+        self.family: Family = family_for(self.config)
+        self.manifest = read_manifest(self.path)
+        self.layout: ExpertLayout = layout or self.manifest.get("expert_layout", "per_expert")
+        self.rows = self.family.weight_table(self.config, self.layout)
+        folder = iteration_dir(self.path, self.iteration)
+        if not folder.is_dir():
+            raise InputError("no such folder", where=folder, rule="the iteration that was asked for")
+        self.tensors = TorchDistReader(folder)
+        self._check_tensors(folder)
+        self._row_of = {(piece.name, piece.slot): row for row in self.rows for piece in row.pieces}
+        self._last: tuple[WeightRow, dict[HfPiece, torch.Tensor]] | None = None
+
+    def read(self, piece: HfPiece) -> torch.Tensor:
+        """Read one Hugging Face piece."""
+        row = self._row_of[piece.name, piece.slot]
+        if self._last is None or self._last[0] is not row:
+            stored = self._stored(row)
+            block = self.tensors.read(stored)[: row.shape[0]]
+            parts = row.packing.unpack(block, [part.shape for part in row.pieces])
+            self._last = (row, dict(zip(row.pieces, parts, strict=True)))
+        return self._last[1][piece]
+
+    def dtype(self, piece: HfPiece) -> torch.dtype:
+        """Type of a piece."""
+        return self.tensors.dtype(self._row_of[piece.name, piece.slot].key)
+
+    def _stored(self, row: WeightRow) -> WeightRow:
+        size = tuple(self.tensors.tensors[row.key].size)
+        return with_stored_vocabulary(row, size) if row.padded and size[0] > row.shape[0] else row
+
+    def _check_tensors(self, folder: Path) -> None:
+        stored = {key for key in self.tensors.tensors if not _NOT_WEIGHTS.search(key)}
+        expected = {row.key: row for row in self.rows}
+        for names, problem in ((expected.keys() - stored, "missing"), (stored - expected.keys(), "unexpected")):
+            if names:
+                raise InputError(
+                    f"{len(names)} tensors are {problem}, the first is {min(names)}",
+                    where=folder,
+                    rule=f"exactly the tensors of {self.family.name} with hf/config.json",
+                )
+        for key, row in expected.items():
+            size = tuple(self.tensors.tensors[key].size)
+            if size != self._stored(row).global_shape:
+                raise InputError(
+                    f"{key} has the wrong shape",
+                    where=folder,
+                    value=list(size),
+                    rule=f"{list(row.global_shape)} by hf/config.json",
+                )

@@ -1,0 +1,89 @@
+"""Do two checkpoints hold the same tensors: names, shapes, types and bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_zeda.conversion.hf_folder import HfFolder, pieces_of
+from megatron_zeda.conversion.megatron_io import TRACKER, MegatronFolder
+from megatron_zeda.conversion.progress import progress
+from megatron_zeda.errors import InputError, ZedaError
+from megatron_zeda.models import HfPiece, WeightRow
+
+
+class Source(Protocol):
+    """Anything that gives Hugging Face pieces."""
+
+    rows: list[WeightRow]
+
+    def read(self, piece: HfPiece) -> torch.Tensor:
+        """One piece."""
+        ...
+
+    def dtype(self, piece: HfPiece) -> torch.dtype:
+        """Its type."""
+        ...
+
+
+def verify_checkpoint(a: str | Path, b: str | Path) -> list[str]:
+    """Compare two checkpoints, each a Hugging Face or a Megatron folder, tensor by tensor and bit by bit.
+
+    A Megatron folder is compared under its Hugging Face names, in the expert layout of the other side.
+
+    Returns:
+        One line for every difference; empty if there is none.
+
+    Raises:
+        InputError: if one of them is not a complete checkpoint.
+    """
+    first, second = _open(a), _open(b)
+    if isinstance(first, MegatronFolder) and isinstance(second, HfFolder):
+        first = MegatronFolder(a, layout=second.layout)
+    elif isinstance(second, MegatronFolder):
+        second = MegatronFolder(b, layout=first.layout)
+    return differences(first, second)
+
+
+def differences(first: Source, second: Source) -> list[str]:
+    """One line for every tensor that is not the same in both."""
+    left = {str(piece): piece for piece in pieces_of(first.rows)}
+    right = {str(piece): piece for piece in pieces_of(second.rows)}
+    found = [f"{name}: only in the first" for name in left if name not in right]
+    found += [f"{name}: only in the second" for name in right if name not in left]
+    for name in progress([name for name in left if name in right], "verify"):
+        one, two = left[name], right[name]
+        if first.dtype(one) != second.dtype(two):
+            found.append(f"{name}: {first.dtype(one)} and {second.dtype(two)}")
+        elif one.shape != two.shape:
+            found.append(f"{name}: {list(one.shape)} and {list(two.shape)}")
+        else:
+            wrong = _different_values(first.read(one), second.read(two))
+            if wrong:
+                found.append(f"{name}: {wrong} of {one.shape} values differ")
+    return found
+
+
+def require_equal(first: Source, second: Source, where: Path) -> None:
+    """The last step of every conversion, before its result becomes visible."""
+    found = differences(first, second)
+    if found:
+        raise ZedaError(f"verification failed, nothing was written: {found[0]}", where=where, value=len(found))
+
+
+def _different_values(one: torch.Tensor, two: torch.Tensor) -> int:
+    """Number of elements whose bits differ (so NaN equals the same NaN, and 0 is not -0)."""
+    width = one.dtype.itemsize
+    bits = [tensor.contiguous().reshape(-1, 1).view(torch.uint8).reshape(-1, width) for tensor in (one, two)]
+    return int((bits[0] != bits[1]).any(dim=1).sum())
+
+
+def _open(path: str | Path) -> HfFolder | MegatronFolder:
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError("no such folder", where=path, rule="a Hugging Face or a Megatron checkpoint folder")
+    if (path / TRACKER).exists() or path.name.startswith("iter_"):
+        return MegatronFolder(path)
+    return HfFolder(path)
