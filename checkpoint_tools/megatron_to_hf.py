@@ -17,8 +17,8 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion import megatron_to_hf
 
     result = megatron_to_hf(args.megatron, args.hf, iteration=args.iteration)
-    line = f"{args.hf}: iteration {result['iteration']}, {result['num_tensors']} tensors, {result['num_bytes']} bytes, verified"
-    return 0, result, [line]
+    size = f"{result['num_tensors']} tensors, {result['num_bytes']} bytes"
+    return 0, result, [f"{args.hf}: iteration {result['iteration']}, {size}, verified"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,6 @@
-"""Compare two checkpoints, Hugging Face or Megatron: names, shapes, types and bits. Exit 0 equal, 1 different, 2 bad input.
+"""Compare two checkpoints, Hugging Face or Megatron: names, shapes, types and bits.
+
+Exit code 0 equal, 1 different, 2 bad input.
 
 python checkpoint_tools/verify_checkpoint.py A B
 """

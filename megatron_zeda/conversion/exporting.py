@@ -27,8 +27,8 @@ def megatron_to_hf(
     """Export one iteration, saved at any parallel layout, with or without optimizer state.
 
     Experts are written in the layout that was imported, one file or shards likewise. Dynamic exports carry their
-    modelling code: ``AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)`` loads them on stock transformers.
-    The result is read back and compared before it becomes visible.
+    modelling code: ``AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)`` loads them on stock
+    transformers. The result is read back and compared before it becomes visible.
 
     Args:
         megatron: Megatron checkpoint folder, or one of its ``iter_*`` folders.
