@@ -165,7 +165,8 @@ def _check_megatron(config: Config, hf_config: dict[str, Any]) -> list[str]:
     except InputError as error:
         raise ConfigErrors(str(error).splitlines()) from error
     return [
-        f"{key}={value} needs a GPU or libraries that this machine lacks: not checked" for key, value in lacking.items()
+        f"{key} = {json.dumps(value)} was not checked: this machine lacks what it needs"
+        for key, value in lacking.items()
     ]
 
 

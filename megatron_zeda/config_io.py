@@ -53,6 +53,7 @@ class _Collector:
         self.origins: dict[str, str] = {}
         self.problems: list[str] = []
         self.bad_keys: set[str] = set()
+        self.still_missing: set[str] = set()  # set to ??? and not given since
 
     def report(self, key: str, message: str, origin: str | None = None) -> None:
         """Record a problem with the value at ``key``."""
@@ -88,7 +89,10 @@ class _Collector:
                     kept[name] = self._known(value, f"{key}.", hints[name], origins)
                 elif value is not None:  # an empty section in YAML is null
                     self.report(key, f"a section with keys of its own is wanted, not {value!r}", origins.get(key))
+            elif value == "???":  # OmegaConf's mark, which its merge would pass over
+                self.still_missing.add(key)
             else:
+                self.still_missing.discard(key)
                 kept[name] = [value] if hints[name] == list[str] and isinstance(value, str) else value
         return kept
 
@@ -112,11 +116,17 @@ def load_config(
         ConfigErrors: with every problem.
     """
     collector = _Collector()
-    for tree, origins in _files(Path(path), collector):
+    layers = _files(Path(path), collector)
+    unread = bool(collector.problems)
+    for tree, origins in layers:
         collector.merge(tree, origins)
     for override in overrides:
         _apply_override(override, collector)
+    for key in sorted(collector.still_missing):
+        collector.report(key, "a value must be given here")
     config = _validate(_resolve(collector), collector)
+    if unread:  # what is missing may well stand there
+        raise ConfigErrors(collector.problems)
     if hf_config is None:
         hf_config = _read_hf_config(hf_config_file(config, path), collector)
     for problem in find_problems(config, world_size=world_size, hf_config=hf_config):
@@ -261,10 +271,6 @@ def _resolve(collector: _Collector) -> Tree:
             key = f"{prefix}{name}"
             default = defaults.get(name) if isinstance(defaults, dict) else None
             try:
-                if OmegaConf.is_missing(node, name):
-                    collector.report(key, "a value must be given here")
-                    resolved[str(name)] = default
-                    continue
                 value = node[name]
                 if isinstance(value, DictConfig):
                     resolved[str(name)] = walk(value, f"{key}.", default)
@@ -299,7 +305,7 @@ def _report_type(detail: Any, location: list[str], tree: Tree, collector: _Colle
     key = ".".join(location[:2])
     if key in collector.bad_keys:
         return
-    message = str(detail["msg"]).removeprefix("Input should be ")
+    message = str(detail["msg"]).removeprefix("Input should be ").replace("an object", "a mapping")
     value = tree
     for part in location[:2]:
         value = value[part]

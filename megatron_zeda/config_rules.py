@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from math import prod
 from typing import Any
 
 from megatron_zeda.config import Config, smallest_world_size
@@ -189,19 +190,15 @@ def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
         )
     if world_size is None:
         return
-    for name, sizes in (
-        ("tensor_model_parallel_size", ("tensor_model", "context", "pipeline_model")),
-        ("expert_model_parallel_size", ("expert_tensor", "expert_model", "pipeline_model")),
-    ):
-        keys = [f"{size}_parallel_size" for size in sizes]
-        product = 1
-        for key in keys:
-            product *= getattr(model, key)
+    for kinds in (("tensor_model", "context", "pipeline_model"), ("expert_model", "expert_tensor", "pipeline_model")):
+        sizes = {f"{kind}_parallel_size": getattr(model, f"{kind}_parallel_size") for kind in kinds}
+        product = prod(sizes.values())
         if world_size % product:
-            values = " x ".join(f"{key} {getattr(model, key)}" for key in keys)
+            factors = " x ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
+            factors += f" = {product}" if " x " in factors else ""
             yield Problem(
-                (f"model.{name}", *(f"model.{key}" for key in keys)),
-                f"{values} = {product} does not divide the world size {world_size}",
+                tuple(f"model.{key}" for key in sizes),
+                f"{factors} does not divide the world size {world_size}",
                 f"change the sizes, or start a multiple of {smallest_world_size(config)} processes",
             )
 

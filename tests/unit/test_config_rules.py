@@ -1,0 +1,209 @@
+"""What must fit together: layouts, batches, the model's shape; and what this version refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_zeda.config import (
+    Config,
+    derived,
+    num_train_iters,
+    num_warmup_iters,
+    smallest_world_size,
+    zero_expert_weight,
+)
+from megatron_zeda.config_rules import NOT_IN_THIS_VERSION, Problem, find_problems, get
+
+SHAPE = json.loads((Path(__file__).parents[2] / "examples/qwen3_30b_a3b/config.json").read_text())
+
+
+def make(**values: Any) -> Config:
+    """A valid configuration with ``section__key=value`` changed."""
+    base = {
+        "model__checkpoint": "c",
+        "dataset__train": ["t"],
+        "train__train_iters": 10,
+        "logger__run_dir": "r",
+    }
+    config = Config()
+    for key, value in (base | values).items():
+        section, name = key.split("__")
+        setattr(config, section, replace(getattr(config, section), **{name: value}))
+    return config
+
+
+def only(found: list[Problem]) -> Problem:
+    assert len(found) == 1, [str(p) for p in found]
+    return found[0]
+
+
+def test_the_starting_point_has_no_problems() -> None:
+    assert find_problems(make(), world_size=4, hf_config=SHAPE) == []
+
+
+PAPER = {
+    "model__tensor_model_parallel_size": 4,
+    "model__sequence_parallel": True,
+    "model__expert_model_parallel_size": 8,
+}
+
+
+def test_the_papers_layout() -> None:
+    config = make(**PAPER, model__seq_length=32768)
+    assert find_problems(config, world_size=8, hf_config=SHAPE) == []
+    facts = derived(config, 8, SHAPE)
+    assert (facts["data_parallel_size"], facts["expert_data_parallel_size"]) == (2, 1)
+    assert (facts["num_micro_batches"], facts["tokens_per_step"]) == (64, 128 * 32768)
+    assert (facts["num_experts"], facts["num_zero_experts"], facts["experts_per_rank"]) == (128, 64, 16)
+    assert facts["target_skip_rate"] == 0.5 and facts["family"] == "qwen3_moe"
+
+
+BATCH = {"train__global_batch_size": 120}
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "key", "text"),
+    [
+        (
+            {**PAPER, "train__global_batch_size": 120},
+            12,
+            "model.expert_model_parallel_size",
+            "8 does not divide the world",
+        ),
+        (
+            {**PAPER, "model__expert_model_parallel_size": 2},
+            2,
+            "model.tensor_model_parallel_size",
+            "tensor_model_parallel_size 4 does not divide the world size 2; change the sizes, or start a multiple of 4",
+        ),
+        (
+            {**PAPER, "model__pipeline_model_parallel_size": 2},
+            8,
+            "model.expert_model_parallel_size",
+            "expert_model_parallel_size 8 x pipeline_model_parallel_size 2 = 16 does not divide the world size 8",
+        ),
+        (
+            {"model__expert_model_parallel_size": 3, **BATCH},
+            3,
+            "model.expert_model_parallel_size",
+            "model's 128 experts",
+        ),
+        ({"model__expert_tensor_parallel_size": 5, **BATCH}, 5, "model.expert_tensor_parallel_size", "768 units"),
+        ({"model__pipeline_model_parallel_size": 5}, 5, "model.pipeline_model_parallel_size", "model's 48 layers"),
+        ({"train__global_batch_size": 130}, 4, "train.global_batch_size", "use 128 or 132"),
+        ({"train__global_batch_size": 3}, 4, "train.global_batch_size", "use 4"),
+        ({"model__seq_length": 50000}, 1, "model.seq_length", "above the model's 40960 positions"),
+        ({"model__sequence_parallel": True}, 1, "model.sequence_parallel", "use false"),
+        ({"model__tensor_model_parallel_size": 2}, 2, "model.sequence_parallel", "use true"),
+        ({**PAPER, "model__seq_length": 4095}, 8, "model.seq_length", "use 4092 or 4096"),
+        ({"zero_experts__num_zero_experts": 32}, 1, "zero_experts.num_zero_experts", "but the model has 64"),
+        ({"zero_experts__target_skip_rate": 0.4, "zero_experts__weight": 3.0}, 1, "zero_experts.target_skip_rate", ""),
+        ({"train__train_epochs": 1}, 1, "train.train_iters", "both are given"),
+        ({"train__train_iters": None}, 1, "train.train_iters", "neither is given"),
+        ({"scheduler__lr_warmup_iters": 10}, 1, "scheduler.lr_warmup_iters", "before step 10"),
+        ({"optimizer__min_lr": 1.0}, 1, "optimizer.min_lr", "above lr"),
+        ({"optimizer__optimizer_cpu_offload": True}, 1, "optimizer.optimizer_cpu_offload", "precision_aware"),
+        ({"optimizer__optimizer_offload_fraction": 0.5}, 1, "optimizer.optimizer_offload_fraction", "no effect"),
+        ({"optimizer__exp_avg_dtype": "bf16"}, 1, "optimizer.exp_avg_dtype", "needs"),
+        ({"ddp__overlap_param_gather": True}, 1, "ddp.overlap_param_gather", "ddp.overlap_grad_reduce"),
+        ({"distillation__cross_entropy": 0.0}, 1, "distillation.cross_entropy", "weight 0"),
+        ({"model__recompute_method": "uniform"}, 1, "model.recompute_method", "no effect"),
+        ({"model__recompute_modules": ["moe"]}, 1, "model.recompute_modules", "no effect"),
+        ({"model__overrides": {"bf16": True}}, 1, "model.overrides.bf16", "set model.bf16"),
+        ({"model__overrides": {"params_dtype": "x"}}, 1, "model.overrides.params_dtype", "set model.bf16"),
+        ({"model__overrides": {"calculate_per_token_loss": False}}, 1, "model.overrides.calculate_per_token_loss", ""),
+    ],
+)
+def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, text: str) -> None:
+    problem = only(find_problems(make(**values), world_size=world_size, hf_config=SHAPE))
+    assert problem.keys[0] == key and text in str(problem)
+
+
+def test_tensor_parallel_size_divides_heads_and_vocabulary() -> None:
+    config = make(model__tensor_model_parallel_size=3, model__sequence_parallel=True, model__seq_length=3)
+    found = [str(p) for p in find_problems(config, world_size=3, hf_config=SHAPE)]
+    assert len(found) == 3
+    for noun, line in zip(("32 attention heads", "151936 tokens", "4 key-value heads"), found, strict=True):
+        assert line.startswith("model.tensor_model_parallel_size: 3") and noun in line
+
+
+def test_full_recompute_names_what_it_lacks() -> None:
+    found = find_problems(make(model__recompute_granularity="full"))
+    assert [p.keys[0] for p in found] == ["model.recompute_method", "model.recompute_num_layers"]
+
+
+def test_a_static_model_is_not_trained() -> None:
+    static = {key: value for key, value in SHAPE.items() if not key.startswith(("zce", "use_zce"))}
+    static["architectures"] = ["Qwen3MoeForCausalLM"]
+    assert "inject_zero_experts" in str(only(find_problems(make(), hf_config=static)))
+
+
+def test_an_unknown_family_is_a_problem_of_the_model() -> None:
+    problem = only(find_problems(make(model__hf="x"), hf_config={**SHAPE, "model_type": "llama"}))
+    assert problem.keys == ("model.hf",)
+
+
+@pytest.mark.parametrize("row", NOT_IN_THIS_VERSION, ids=lambda row: row.key)
+def test_every_refusal_names_its_key_and_a_way_out(row: Any) -> None:
+    """The default passes, another value does not."""
+    others: dict[str, Any] = {
+        "train.stage": 2,
+        "zero_experts.method": "other",
+        "teacher.placement": "host",
+        "distillation.estimator": "topk",
+        "model.fp8": "hybrid",
+        "model.fp8_recipe": "blockwise",
+        "model.moe_token_dispatcher_type": "flex",
+        "logger.wandb_project": "p",
+        "rollout.url": "http://localhost",
+        "rollout.samples_per_prompt": 3,
+    }
+    keys = [key for key in others if key.startswith(f"{row.key}.")] or [row.key]
+    for key in keys:
+        default = get(Config(), key)
+        value = others[key] if key in others else True if default is False else (default or 0) + 2
+        problem = only(find_problems(make(**{key.replace(".", "__"): value})))
+        assert problem.keys == (key,) and "refused" in str(problem) and problem.fix
+
+
+def test_the_weight_that_a_target_asks_for_gives_the_target() -> None:
+    for target in (0.1, 0.5, 0.75):
+        config = make(zero_experts__target_skip_rate=target)
+        weight = zero_expert_weight(config, 128, 64)
+        assert weight * 64 / (128 + weight * 64) == pytest.approx(target, rel=1e-12)
+        assert derived(config, 1, SHAPE)["target_skip_rate"] == pytest.approx(target, rel=1e-12)
+    assert zero_expert_weight(make(), 128, 64) == 2.0
+
+
+def test_the_length_of_a_run() -> None:
+    epochs = make(train__train_iters=None, train__train_epochs=2)
+    assert num_train_iters(epochs, None) is None
+    assert num_train_iters(epochs, 128) == 2 and num_train_iters(epochs, 129) == 3
+    assert num_train_iters(make(), 129) == 10
+    assert num_warmup_iters(make(), 469) == 46
+    assert num_warmup_iters(make(scheduler__lr_warmup_iters=3), 469) == 3
+    assert num_warmup_iters(make(scheduler__lr_decay_iters=50), 469) == 5
+
+
+def test_the_smallest_world_size_fits_both_layouts() -> None:
+    assert smallest_world_size(make(**PAPER, model__pipeline_model_parallel_size=2)) == 16
+    assert smallest_world_size(make(model__expert_model_parallel_size=3, model__tensor_model_parallel_size=2)) == 6
+
+
+def test_where_a_run_lives() -> None:
+    config = make()
+    assert (config.run_dir, config.save_dir, config.load_dir) == (
+        Path("r"),
+        Path("r/checkpoints"),
+        Path("r/checkpoints"),
+    )
+    assert config.hf_dir == config.tokenizer_path == Path("c/hf")
+    other = make(checkpoint__save="s", model__hf="h", dataset__tokenizer="t.model")
+    assert (other.save_dir, other.load_dir, other.hf_dir) == (Path("s"), Path("s"), Path("h"))
+    assert other.tokenizer_path == Path("t.model")
+    assert make(checkpoint__load="l").load_dir == Path("l")
