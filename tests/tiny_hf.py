@@ -41,7 +41,7 @@ def save_static(folder: Path, *, seed: int = 0, **overrides: Any) -> Path:
     settings: dict[str, Any] = {
         "vocab_size": len(VOCABULARY),
         "hidden_size": 32,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,

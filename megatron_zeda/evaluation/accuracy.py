@@ -16,7 +16,7 @@ NORMALISERS: dict[str, Callable[[str], str]] = {
     "strip": str.strip,
     "casefold": lambda text: " ".join(text.casefold().split()),
 }
-"""How response and answer are made comparable: not at all; without outer space; also without case and repeated space."""
+"""How response and answer are made comparable: not at all; without outer space; also without case and double space."""
 
 
 @dataclass(frozen=True)

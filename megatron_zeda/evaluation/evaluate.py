@@ -9,8 +9,8 @@ Keys of the result (those of a measurement that was not asked for are absent):
                                 ended by themselves), outcomes {prompts, correct: one 0 or 1 per prompt}
     kl_to_teacher               forward KL(teacher || model), nats per response token, full vocabulary
     skip_rate                   on response tokens, mean over layers; skip_rate_per_layer; skip_rate_prompt and
-                                skip_rate_prompt_per_layer for the prompt tokens; response_tokens and prompt_tokens count
-                                them
+                                skip_rate_prompt_per_layer for the prompt tokens; response_tokens and prompt_tokens are
+                                the counts
     expert_flops_saved          1 - real rows / (T K) over prompt and response tokens and all layers; K of config.json
     theoretical_speedup         static over dynamic FLOPs at the mean lengths of the rollouts (prefill, decode, total)
     perplexity                  of the held-out text; perplexity_tokens

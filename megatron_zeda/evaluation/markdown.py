@@ -71,11 +71,11 @@ def _differences(built: Mapping[str, Any]) -> str:
     for key, other in (("student_minus_teacher", "teacher"), ("student_minus_control_topk_half", "control")):
         found = built["accuracy_difference"][key]
         if found:
-            low, high = found["interval"]
+            low, high = (100 * end for end in found["interval"])
             lines.append(
-                f"- Student minus {other}, same {found['count']} prompts: {100 * found['value']:+.1f} points (95 % "
-                f"interval {100 * low:+.1f} to {100 * high:+.1f}; only the student right: {found['only_student']}, only "
-                f"the {other} right: {found['only_other']}; exact McNemar p = {found['mcnemar_p']:.3g})."
+                f"- Student minus {other}, same {found['count']} prompts: {100 * found['value']:+.1f} points "
+                f"(95 % interval {low:+.1f} to {high:+.1f}; only the student right: {found['only_student']}, "
+                f"only the {other} right: {found['only_other']}; exact McNemar p = {found['mcnemar_p']:.3g})."
             )
     return "\n".join(lines)
 
@@ -100,9 +100,9 @@ def _savings(built: Mapping[str, Any]) -> str:
     if not found:
         return ""
     return (
-        f"By the paper's FLOP model, a layer of the student needs {found['total']:.2f} times fewer FLOPs than its static "
-        f"form (prefill {found['prefill']:.2f}, decode {found['decode']:.2f}, at {found['prompt_tokens']} prompt and "
-        f"{found['response_tokens']} response tokens). That is a bound from counting, not a measured speed."
+        f"By the paper's FLOP model, a layer of the student needs {found['total']:.2f} times fewer FLOPs than "
+        f"its static form (prefill {found['prefill']:.2f}, decode {found['decode']:.2f}, at {found['prompt_tokens']} "
+        f"prompt and {found['response_tokens']} response tokens). That is a bound from counting, not a measured speed."
     )
 
 
@@ -140,10 +140,10 @@ def _seconds(built: Mapping[str, Any]) -> str:
 
 def _definitions(built: Mapping[str, Any]) -> str:
     lines = [
-        "Accuracy: greedy responses that equal the answer; 95 % Wilson interval. Perplexity: held-out text. KL: forward, "
-        "KL(teacher || model), full vocabulary, on held-out responses. Skip rate: share of the K slots that went to zero "
-        "experts, teacher-forced on the same responses, mean over layers. Expert FLOPs saved: 1 - computed expert rows / "
-        "(tokens x K of the teacher), over prompt and response tokens."
+        "Accuracy: greedy responses that equal the answer; 95 % Wilson interval. Perplexity: held-out text. KL: "
+        "forward, KL(teacher || model), full vocabulary, on held-out responses. Skip rate: share of the K slots "
+        "that went to zero experts, teacher-forced on the same responses, mean over layers. Expert FLOPs saved: 1 "
+        "- computed expert rows / (tokens x K of the teacher), over prompt and response tokens."
     ]
     if built["versions"]:
         lines.append("Versions: " + ", ".join(f"{name} {version}" for name, version in built["versions"].items()) + ".")

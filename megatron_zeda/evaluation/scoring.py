@@ -175,7 +175,7 @@ def _kl_sum(teacher: Any, teacher_hidden: Tensor, model: Any, hidden: Tensor) ->
 
 
 def read_texts(path: Path) -> list[str]:
-    """Return the documents of a held-out text: one of a plain UTF-8 file, one per ``{"text": ...}`` line of a jsonl file.
+    """Return the documents of a held-out text: a plain UTF-8 file is one, a jsonl file has one per line.
 
     Raises:
         InputError: no such file, no text in it, or a malformed line.

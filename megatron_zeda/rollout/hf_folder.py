@@ -84,7 +84,7 @@ def resolve_dtype(name: str, config: HfConfig, device: torch.device) -> torch.dt
             return torch.float32
         name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError("unknown dtype", where="dtype", value=name, rule=" or ".join(DTYPES))
     return dtype
 
@@ -127,8 +127,8 @@ def load_model(
             output_loading_info=True,
             **arguments,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"the model cannot be loaded: {reason}", where=folder, fix="check the folder") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
