@@ -134,34 +134,34 @@ def test_selection_bias_is_frozen_through_ten_steps() -> None:
     for step in range(10):
         optimizer.zero_grad()
         layer(tokens(seed=step))[0].square().mean().backward()
+        layer.router.local_tokens_per_expert += torch.arange(E + Z)  # an uneven load to answer to
         _update_router_expert_bias([layer], layer.config)
         optimizer.step()
     assert torch.equal(layer.router.expert_bias, before)
     layer.router.frozen_expert_bias = False  # the same loop moves a bias that is not frozen
-    layer(tokens())
     layer.router.local_tokens_per_expert += torch.arange(E + Z)
-    _update_router_expert_bias([layer], layer.config, None)
+    _update_router_expert_bias([layer], layer.config)
     assert not torch.equal(layer.router.expert_bias, before)
 
 
-def _per_token_gradient(prompt: int, response: int) -> torch.Tensor:
-    """Router gradient of the balancing loss alone, as ``finalize_model_grads`` leaves it under per-token loss."""
+def _balance_gradient(prompt: int, response: int, per_token: bool) -> torch.Tensor:
+    """Router gradient of the balancing loss alone, as ``finalize_model_grads`` leaves it."""
     torch.manual_seed(0)
-    layer = dynamic_layer(layer_config(calculate_per_token_loss=True, zero_expert_balance_coeff=0.5))
+    layer = dynamic_layer(layer_config(calculate_per_token_loss=per_token, zero_expert_balance_coeff=0.5))
     pattern = tokens(4, 1).detach()
     hidden = pattern.repeat((prompt + response) // 4, 1, 1).requires_grad_()
-    loss_tokens = response * hidden.shape[1]
-    set_loss_tokens(loss_tokens)
+    set_loss_tokens(response * hidden.shape[1])
     output, _ = layer(hidden)
     (output * 0).sum().backward()
-    return layer.router.weight.grad / loss_tokens
+    return layer.router.weight.grad / (response * hidden.shape[1] if per_token else 1)
 
 
 def test_alpha_means_the_same_whatever_the_prompt_length() -> None:
     """With the same distribution of tokens, prompts three times as long as responses leave the effective alpha alone."""
-    no_prompt, long_prompt = _per_token_gradient(0, 16), _per_token_gradient(48, 16)
-    assert no_prompt.abs().max() > 1e-4
-    torch.testing.assert_close(long_prompt, no_prompt, atol=1e-9, rtol=1e-5)
+    expected = _balance_gradient(0, 16, per_token=False)
+    assert expected.abs().max() > 1e-4
+    for prompt, response in [(0, 16), (48, 16), (16, 48)]:
+        torch.testing.assert_close(_balance_gradient(prompt, response, per_token=True), expected, atol=1e-9, rtol=1e-5)
 
 
 def test_per_token_loss_must_know_its_tokens() -> None:
