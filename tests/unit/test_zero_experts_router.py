@@ -161,7 +161,7 @@ def test_alpha_means_the_same_whatever_the_prompt_length() -> None:
     expected = _balance_gradient(0, 16, per_token=False)
     assert expected.abs().max() > 1e-4
     for prompt, response in [(0, 16), (48, 16), (16, 48)]:
-        torch.testing.assert_close(_balance_gradient(prompt, response, per_token=True), expected, atol=1e-9, rtol=1e-5)
+        torch.testing.assert_close(_balance_gradient(prompt, response, per_token=True), expected, atol=1e-6, rtol=1e-3)
 
 
 def test_per_token_loss_must_know_its_tokens() -> None:
