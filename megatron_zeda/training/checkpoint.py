@@ -30,6 +30,7 @@ from megatron_zeda.config_io import to_yaml
 from megatron_zeda.conversion import megatron_io
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.training.setup import unwrap
+from megatron_zeda.training.signals import signals_wait
 
 # Stored in the shape of whole parameters, so that another layout can load them.
 _METADATA = {
@@ -38,7 +39,6 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }
-_LATEST = "latest_checkpointed_iteration.txt"
 
 
 @dataclass
@@ -86,32 +86,33 @@ def _writing(folder: Path) -> Iterator[None]:
         raise
 
 
+def _names(chunks: list[Any]) -> list[str]:
+    """Megatron-LM's names of the chunks in a state dict."""
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
 def _model_state(chunks: list[Any]) -> dict[str, Any]:
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {
-        name: unwrap(chunk).sharded_state_dict(metadata=_METADATA) for name, chunk in zip(names, chunks, strict=True)
+        name: megatron_io.drop_extra_state(unwrap(chunk).sharded_state_dict(metadata=_METADATA))
+        for name, chunk in zip(_names(chunks), chunks, strict=True)
     }
 
 
 def _load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    for name, chunk in zip(names, chunks, strict=True):
-        unwrap(chunk).load_state_dict(state[name], strict=True)
+    for name, chunk in zip(_names(chunks), chunks, strict=True):
+        # Not strict: Transformer Engine's _extra_state is not stored. What is stored was checked key by key.
+        unwrap(chunk).load_state_dict(state[name], strict=False)
 
 
 def load_weights(chunks: list[Any], folder: Path) -> None:
-    """Load the weights of the latest checkpoint in ``folder`` into model chunks of any layout.
+    """Load the weights of the latest checkpoint in ``folder`` into model chunks of any layout; a collective call.
 
     Raises:
-        ZedaError: the folder is no checkpoint of this model, or its pickled index refers to anything unexpected.
+        ZedaError: the folder is no checkpoint of this model, or its pickles hold anything but data.
     """
-    from megatron.core import dist_checkpointing
-
     iteration_dir = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder))
-    megatron_io.check_pickles(iteration_dir)
     with _loading(iteration_dir):
-        state = dist_checkpointing.load(_model_state(chunks), str(iteration_dir), strict="raise_unexpected")
-        _load_model_state(chunks, state)
+        megatron_io.load_weights([unwrap(chunk) for chunk in chunks], iteration_dir)
 
 
 def resume_folder(config: Config) -> Path | None:
@@ -121,11 +122,11 @@ def resume_folder(config: Config) -> Path | None:
         InputError: ``checkpoint.load`` is given but holds no checkpoint.
     """
     for folder in (config.save_dir, config.load_dir):
-        if (folder / _LATEST).is_file():
+        if (folder / megatron_io.TRACKER).is_file():
             return folder
     if config.checkpoint.load is not None:
         raise InputError(
-            f"no {_LATEST} in this folder",
+            f"no {megatron_io.TRACKER} in this folder",
             where="checkpoint.load",
             value=config.checkpoint.load,
             fix="name a folder with a checkpoint, or remove checkpoint.load to start from model.checkpoint",
@@ -178,7 +179,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
     final = megatron_io.iteration_dir(config.save_dir, progress.iteration)
     partial = final.with_name(f".{final.name}.partial")
     first = torch.distributed.get_rank() == 0
-    with _writing(config.save_dir):
+    with _writing(config.save_dir), signals_wait():
         if first:
             config.save_dir.mkdir(parents=True, exist_ok=True)
             for left_over in config.save_dir.glob(".iter_*"):
@@ -210,15 +211,11 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
     manifest |= {"iteration": progress.iteration, "layout": _layout(config), "seed": config.train.seed}
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
-    write_atomically(config.save_dir / "zeda_manifest.json", text)
-    if not (config.save_dir / "hf").exists() and config.hf_dir is not None:
-        copy = config.save_dir / f".hf.partial-{os.getpid()}"
-        shutil.copytree(source / "hf", copy)
-        os.replace(copy, config.save_dir / "hf")
+    megatron_io.copy_origin(source, config.save_dir)
     if final.exists():  # written, but the run was killed before it became the latest
         shutil.rmtree(final)
     os.replace(partial, final)
-    write_atomically(config.save_dir / _LATEST, f"{progress.iteration}\n")
+    megatron_io.write_latest_iteration(config.save_dir, progress.iteration)
     if config.checkpoint.keep_last is not None:
         for old in sorted(config.save_dir.glob("iter_*"))[: -config.checkpoint.keep_last]:
             doomed = old.with_name(f".{old.name}.deleted")
@@ -237,6 +234,45 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+# ---- torch's AdamW, where neither Transformer Engine nor apex brings an Adam ----------------------------------------
+#
+# DistributedOptimizer can save it but not load it: it looks for the step count before there is a state, then for a saved
+# tensor of every entry of the state, step counts included, and leaves one step count shared by all parameters.
+
+
+def _torch_adams(optimizer: Any) -> Iterator[tuple[int, Any, torch.optim.AdamW]]:
+    for index, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            yield index, part, part.optimizer
+
+
+def _allocate_adam_states(optimizer: Any) -> None:
+    """Give torch's AdamW the state it would get in its first step."""
+    for _, _, inner in _torch_adams(optimizer):
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
+    """``optimizer.load_state_dict(state)``, with the tensors of a torch AdamW loaded while its step counts are away."""
+    single = len(getattr(optimizer, "chained_optimizers", [optimizer])) == 1
+    tensors = {}
+    for index, _, _ in _torch_adams(optimizer):
+        tensors[index] = (state if single else state[index]).pop("param_state", None)
+    optimizer.load_state_dict(state)
+    for index, part, inner in _torch_adams(optimizer):
+        steps = {parameter: values.pop("step") for parameter, values in inner.state.items()}
+        if tensors[index] is not None:
+            part.load_parameter_state_from_fully_reshardable(tensors[index])
+        for parameter, step in steps.items():
+            inner.state[parameter]["step"] = step.clone()
+
+
 def resume(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
     """Load the latest checkpoint of a run; a collective call.
 
@@ -249,6 +285,7 @@ def resume(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> t
     megatron_io.check_pickles(iteration_dir)
     saved = json.loads((iteration_dir / "zeda_manifest.json").read_text(encoding="utf-8"))
     same_size = saved["layout"]["world_size"] == torch.distributed.get_world_size()
+    _allocate_adam_states(optimizer)
     with _loading(iteration_dir):
         state = _model_state(chunks)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=_METADATA)
@@ -256,7 +293,7 @@ def resume(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> t
             state["rng_state"] = _sharded_rng_state()
         state = dist_checkpointing.load(state, str(iteration_dir), strict="raise_unexpected")
         _load_model_state(chunks, state)
-        optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["opt_param_scheduler"])
         if same_size:
             _set_rng_state(state["rng_state"])

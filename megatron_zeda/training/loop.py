@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ def train(config: Config) -> int:
         InputError: data, checkpoints or settings are wrong.
         ZedaError: the parity gate, a checkpoint or the disk failed, or the loss stayed infinite.
     """
+    _quiet_upstream()
     with StopRequest(minutes=config.train.exit_duration_in_mins) as stop:
         created = setup.start_processes(config)
         finished = False
@@ -49,6 +52,14 @@ def train(config: Config) -> int:
             if finished or torch.distributed.get_world_size() == 1:
                 setup.end_processes(created)
     return 0
+
+
+def _quiet_upstream() -> None:
+    """Keep notices about kernels that are not there and APIs that will change out of the user's output."""
+    for name in ("megatron.core", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\.")
 
 
 @dataclass

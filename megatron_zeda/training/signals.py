@@ -5,7 +5,25 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Within the block the signals stay pending, for this process and for those that it starts.
+
+    Schedulers signal every process of a job. A checkpoint has helper processes that would end at once and take the
+    checkpoint with them; they inherit the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:
@@ -13,8 +31,6 @@ class StopRequest:
 
     A second signal does what it would have done without us, so that a hanging run can still be ended.
     """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, *, minutes: float | None = None) -> None:
         """Args:
@@ -27,7 +43,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in self._SIGNALS:
+            for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._received)
         return self
 
