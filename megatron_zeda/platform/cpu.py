@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -75,6 +76,10 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _patch_tensors() -> None:
+    # ``with torch.device("meta")`` keeps a cached set of the factories it redirects. It must hold the real ones, which
+    # the wrappers below call; filled later it would hold the wrappers, and transformers would load models with rubbish
+    # in their buffers.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
