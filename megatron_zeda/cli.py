@@ -24,7 +24,7 @@ from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.launch import Ranks, ranks_from_environment
 
 # Commands that define their own flags: a module with add_arguments(parser) and run(args) -> exit code, and the help.
-_DELEGATED = {
+DELEGATED = {
     "rollout": ("megatron_zeda.rollout.cli", "sample responses of a model to prompts"),
     "eval": ("megatron_zeda.evaluation.cli", "accuracy, KL to the teacher, perplexity and skip rate of a model"),
     "report": ("megatron_zeda.evaluation.report_cli", "write the report and the pictures of a run"),
@@ -90,7 +90,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     _add_config(train)
     train.set_defaults(run=_train)
 
-    for name, (module, text) in _DELEGATED.items():
+    for name, (module, text) in DELEGATED.items():
         sub = commands.add_parser(name, help=text)
         if name == command:
             room = import_module(module)

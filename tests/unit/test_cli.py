@@ -1,0 +1,250 @@
+"""The ``zeda`` command: exit codes, what is printed where, and what is not imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_zeda import cli
+from megatron_zeda.config import Config
+from megatron_zeda.config_io import load_config
+from megatron_zeda.errors import InputError, ZedaError
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = str(ROOT / "examples/qwen3_30b_a3b/stage1.yaml")
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration whose inputs all exist."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/latest_checkpointed_iteration.txt").write_text("0")
+    (tmp_path / "a b.jsonl").write_text("")
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: {checkpoint: start}\ndataset: {train: a b.jsonl}\ntrain: {train_iters: 3}\nlogger: {run_dir: run}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configurations that training was started with, instead of training."""
+    calls: list[Config] = []
+
+    def train(config: Config) -> int:
+        calls.append(config)
+        return 0
+
+    monkeypatch.setitem(sys.modules, "megatron_zeda.training", SimpleNamespace(train=train))  # type: ignore[arg-type]
+    return calls
+
+
+class TestCheck:
+    @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name + "/" + path.name)
+    def test_every_example_passes(self, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", str(path)]) == 0, capsys.readouterr().err
+
+    def test_the_full_size_example_on_eight_processes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)  # from anywhere
+        assert cli.main(["check", EXAMPLE, "--world-size", "8"]) == 0
+        out = capsys.readouterr().out
+        facts = dict(line[4:].split(": ") for line in out.splitlines() if line.startswith("#   "))
+        assert facts["data_parallel_size"] == "2" and facts["num_micro_batches"] == "64"
+        assert facts["target_skip_rate"] == "0.5" and facts["num_zero_experts"] == "64"
+        assert "does not exist: to be provided before training" in out
+        # What is printed is the whole configuration again.
+        (tmp_path / "resolved.yaml").write_text(out)
+        assert load_config(tmp_path / "resolved.yaml", world_size=8) == load_config(EXAMPLE, world_size=8)
+
+    def test_json(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", str(ready), "--json", "--world-size", "4", "optimizer.lr=1e-3"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["config"]["optimizer"]["lr"] == 1e-3
+        assert printed["derived"]["data_parallel_size"] == 4
+        assert any("config.json" in note for note in printed["notes"])
+
+    def test_problems_go_to_stderr_one_a_line(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", str(ready), "model.seq_lenght=3", "train.stage=2"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        first, second = captured.err.splitlines()
+        assert first.startswith("error: model.seq_lenght: ") and "did you mean seq_length?" in first
+        assert second.startswith("error: train.stage: ")
+
+    def test_problems_as_json(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", str(ready), "--json", "train.stage=2"]) == 2
+        assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
+
+    def test_impossible_world_size(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", EXAMPLE, "--world-size", "12"]) == 2
+        assert "does not divide the world size 12" in capsys.readouterr().err
+
+    def test_overrides_may_stand_anywhere(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = [
+            "check",
+            "--world-size",
+            "2",
+            str(ready),
+            "train.seed=1",
+            "--json",
+            "--train.seed=2",
+            "train.seed=3",
+        ]
+        assert cli.main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["config"]["train"]["seed"] == 3
+
+    def test_files_can_be_required(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", str(ready), "dataset.train=no.jsonl"]) == 0
+        assert cli.main(["check", str(ready), "--require-files", "dataset.train=no.jsonl"]) == 2
+        assert "error: dataset.train: no.jsonl does not exist" in capsys.readouterr().err
+
+    def test_a_wrong_kind_of_file_is_always_a_problem(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", str(ready), "dataset.train=start"]) == 2
+        assert "start is a folder" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("model.overrides.moe_z_los_coeff=1", "did you mean `moe_z_loss_coeff`?"),
+            ("model.overrides.moe_z_loss_coeff=1e-3", "leave moe_z_loss_coeff unset"),
+            ("model.overrides.moe_expert_capacity_factor=1.0", "routing is dropless"),
+        ],
+    )
+    def test_megatron_judges_overrides(self, override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["check", EXAMPLE, override]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_bad_configuration_is_answered_without_torch(self, ready: Path) -> None:
+        program = (
+            "import sys; from megatron_zeda.cli import main; code = main(sys.argv[1:]); "
+            "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules); sys.exit(code)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, "check", str(ready), "train.stage=2"], capture_output=True, text=True
+        )
+        assert done.returncode == 2, done.stderr
+
+    @pytest.mark.parametrize("module", ["megatron_zeda", "megatron_zeda.cli"])
+    def test_as_a_module(self, module: str, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", module, "check", str(tmp_path / "no.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr == f"error: {tmp_path}/no.yaml: the configuration file does not exist\n"
+
+
+class TestTrain:
+    def test_starts_training_with_the_merged_configuration(self, ready: Path, trained: list[Config]) -> None:
+        assert cli.main(["train", str(ready), "optimizer.lr=1e-3", "--model.bf16=false"]) == 0
+        assert trained[0].optimizer.lr == 1e-3 and trained[0].model.bf16 is False
+
+    def test_missing_files_stop_it(
+        self, ready: Path, trained: list[Config], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["train", str(ready), "dataset.train=no.jsonl", "model.checkpoint=gone"]) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            "error: model.checkpoint: gone does not exist",
+            "error: dataset.train: no.jsonl does not exist",
+        ]
+        assert trained == []
+
+    def test_the_world_size_comes_from_srun(
+        self, ready: Path, trained: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        variables = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_JOB_ID": "7"}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "")  # so that what the command sets is undone
+            monkeypatch.delenv(name)
+        assert cli.main(["train", str(ready)]) == 2
+        err = capsys.readouterr().err
+        assert (
+            err.startswith("[rank 0] error: train.global_batch_size: 128 is not a multiple of") and "size 3 = 3" in err
+        )
+        assert cli.main(["train", str(ready), "train.global_batch_size=9"]) == 0
+
+    def test_only_rank_0_complains_about_the_configuration(
+        self, ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert cli.main(["train", str(ready), "train.stage=2"]) == 2
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize(
+        ("error", "code", "message"),
+        [
+            (ZedaError("the loss is not finite", where="step 3"), 1, "error: step 3: the loss is not finite\n"),
+            (InputError("line 4 is not JSON", where="a.jsonl"), 2, "error: a.jsonl: line 4 is not JSON\n"),
+            (KeyboardInterrupt(), 130, "interrupted\n"),
+        ],
+    )
+    def test_exit_codes(
+        self,
+        ready: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        error: BaseException,
+        code: int,
+        message: str,
+    ) -> None:
+        def train(config: Config) -> int:
+            raise error
+
+        monkeypatch.setitem(sys.modules, "megatron_zeda.training", SimpleNamespace(train=train))  # type: ignore[arg-type]
+        assert cli.main(["train", str(ready)]) == code
+        assert capsys.readouterr().err == message
+
+
+class TestOtherCommands:
+    @pytest.mark.parametrize("command", ["rollout", "eval", "report"])
+    def test_they_bring_their_own_flags(
+        self, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        room = ModuleType("room")
+        seen: list[Any] = []
+        room.add_arguments = lambda parser: parser.add_argument("--flag", type=int)  # type: ignore[attr-defined]
+        room.run = lambda args: seen.append(args.flag) or 1  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, cli.DELEGATED[command][0], room)
+        assert cli.main([command, "--flag", "3"]) == 1
+        assert seen == [3]
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--flag", "3", "model.hf=x"])
+        assert caught.value.code == 2
+
+    @pytest.mark.parametrize("command", ["rollout", "eval", "report"])
+    def test_they_exist(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--help"])
+        assert caught.value.code == 0 and f"usage: zeda {command}" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("arguments", [[], ["nothing"], ["check"], ["check", "x.yaml", "--unknown"]])
+    def test_wrong_usage_is_exit_2(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2 and "zeda" in capsys.readouterr().err
+
+    def test_help_and_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for flag in ("--help", "--version"):
+            with pytest.raises(SystemExit) as caught:
+                cli.main([flag])
+            assert caught.value.code == 0
+        printed = capsys.readouterr().out
+        assert all(command in printed for command in ("check", "train", "rollout", "eval", "report"))
