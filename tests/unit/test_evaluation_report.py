@@ -1,0 +1,214 @@
+"""The report: its schema, its numbers, and what it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_zeda.errors import InputError, ZedaError
+from megatron_zeda.evaluation import report_cli
+from megatron_zeda.evaluation.accuracy import paired_difference
+from megatron_zeda.evaluation.report import MODELS, build_report, read_metrics, report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def evaluation(name: str) -> dict[str, Any]:
+    """A result in the form of ``zeda eval``, with numbers that tell the models apart."""
+    rank = MODELS.index(name)
+    correct = {"teacher": "1111111110", "student": "1111111100", "control_topk_half": "1111000000"}[name]
+    skip = 0.5 if name == "student" else 0.0
+    result = {
+        "model": {"path": name, "num_experts": 8, "num_zero_experts": 4 if skip else 0, "num_experts_per_token": 4},
+        "accuracy": correct.count("1") / 10,
+        "accuracy_interval": [0.3, 0.9],
+        "accuracy_count": 10,
+        "accuracy_by_task": {"add": {"accuracy": 0.5, "interval": [0.3, 0.7], "count": 4}},
+        "outcomes": {"prompts": "sha256:1", "correct": correct},
+        "perplexity": 3.0 + rank,
+        "perplexity_tokens": 1000,
+        "kl_to_teacher": 0.01 * rank,
+        "skip_rate": skip,
+        "skip_rate_per_layer": [skip - 0.1, skip + 0.1] if skip else [0.0, 0.0],
+        "skip_rate_prompt": skip,
+        "skip_rate_prompt_per_layer": [skip, skip],
+        "response_tokens": 50,
+        "prompt_tokens": 70,
+        "expert_flops_saved": 0.5 if rank else 0.0,
+        "inputs": {},
+        "seconds": {"load": 1.0},
+        "versions": {"torch": "2"},
+    }
+    if name == "student":
+        speedup = {"prefill": 1.2, "decode": 1.3, "total": 1.25, "prompt_tokens": 7, "response_tokens": 5}
+        result["theoretical_speedup"] = speedup
+    return result
+
+
+def step(number: int, **values: Any) -> dict[str, Any]:
+    return {"step": number, "loss": 2.0 / number, "skip_rate": 0.1 * number, "lr": 1e-3} | values
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "evaluation").mkdir(parents=True)
+    for name in MODELS:
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(evaluation(name)))
+    lines = [step(1), step(2, skip_rate=None), step(3), step(2, loss=7.0)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    (folder / "seconds.json").write_text(json.dumps({"rollout": 50.5, "training": 100.0}))
+    return folder
+
+
+def test_report_json_has_what_was_promised(run_dir: Path) -> None:
+    built = report(run_dir)
+    written = json.loads((run_dir / "report.json").read_text())
+    assert written == built
+    for name in MODELS:
+        for key in ("accuracy", "perplexity", "kl_to_teacher", "skip_rate"):
+            assert isinstance(written[name][key], float), (name, key)
+        assert written[name]["accuracy_interval"] == [0.3, 0.9]
+        assert written[name]["accuracy_count"] == 10
+        assert "outcomes" not in written[name]
+    assert written["student"]["kl_to_teacher"] == 0.01
+    assert written["expert_flops_saved"] == 0.5
+    assert written["seconds"] == {"rollout": 50.5, "training": 100.0}
+    assert written["theoretical_speedup"]["total"] == 1.25
+    assert written["training"]["steps"] == 3
+    assert written["training"]["first"]["loss"] == 2.0
+
+
+def test_differences_are_paired(run_dir: Path) -> None:
+    found = report(run_dir)["accuracy_difference"]
+    student, teacher = [True] * 8 + [False] * 2, [True] * 9 + [False]
+    wanted = paired_difference(student, teacher)
+    assert found["student_minus_teacher"] == {
+        "value": wanted.value,
+        "interval": list(wanted.interval),
+        "mcnemar_p": 1.0,
+        "only_student": 0,
+        "only_other": 1,
+        "count": 10,
+    }
+    assert found["student_minus_control_topk_half"]["value"] == pytest.approx(0.4)
+
+
+def test_other_prompts_are_not_compared() -> None:
+    other = evaluation("teacher")
+    other["outcomes"]["prompts"] = "sha256:2"
+    built = build_report({"student": evaluation("student"), "teacher": other})
+    assert built["accuracy_difference"] == {"student_minus_teacher": None, "student_minus_control_topk_half": None}
+    assert built["control_topk_half"] is None
+
+
+def test_the_page_shows_the_numbers_and_the_pictures(run_dir: Path) -> None:
+    report(run_dir)
+    page = (run_dir / "report.md").read_text()
+    assert "skips **50.0 %**" in page
+    assert "| accuracy | 90.0 % (30.0 to 90.0, n = 10) | 80.0 % (30.0 to 90.0, n = 10) |" in page
+    assert "-10.0 points" in page
+    assert "| all | 150.5 |" in page
+    for picture in ("skip_rate_per_layer.png", "training.png"):
+        assert f"]({picture})" in page
+        assert (run_dir / picture).read_bytes().startswith(PNG)
+    assert not list(run_dir.glob(".*"))
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    student = evaluation("student")
+    for key in ("perplexity", "kl_to_teacher", "theoretical_speedup", "accuracy_by_task"):
+        del student[key]
+    (tmp_path / "evaluation" / "student.json").write_text(json.dumps(student))
+    built = report(tmp_path)
+    assert built["teacher"] is None
+    assert built["training"] is None
+    assert built["student"]["perplexity"] is None
+    page = (tmp_path / "report.md").read_text()
+    assert "| perplexity | not measured |" in page
+    assert not (tmp_path / "training.png").exists()
+
+
+def test_a_run_without_evaluation_reports_its_training(run_dir: Path) -> None:
+    for name in MODELS:
+        (run_dir / "evaluation" / f"{name}.json").unlink()
+    assert report(run_dir)["student"] is None
+    assert "Training, 3 steps" in (run_dir / "report.md").read_text()
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all floats in a nested result."""
+    if isinstance(value, float):
+        return [path]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, inner in items for found in places(inner, (*path, key))]
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_is(poison: float) -> None:
+    evaluations = {name: evaluation(name) for name in MODELS}
+    kept = [path for path in places(evaluations) if path[1] not in ("seconds", "outcomes")]
+    assert len(kept) > 30
+    for path in kept:
+        poisoned: Any = copy.deepcopy(evaluations)
+        inner = poisoned
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = poison
+        with pytest.raises(ZedaError, match="not a finite number"):
+            build_report(poisoned)
+    with pytest.raises(ZedaError, match=r"report\.seconds\.rollout"):
+        build_report(evaluations, seconds={"rollout": poison})
+
+
+def test_nan_in_a_file_leaves_the_old_report(run_dir: Path) -> None:
+    report(run_dir)
+    before = (run_dir / "report.json").read_text()
+    student = evaluation("student") | {"perplexity": math.nan}
+    (run_dir / "evaluation" / "student.json").write_text(json.dumps(student))
+    with pytest.raises(ZedaError, match=r"report\.student\.perplexity: not a finite number"):
+        report(run_dir)
+    assert (run_dir / "report.json").read_text() == before
+
+
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        report(tmp_path / "absent")
+    with pytest.raises(InputError, match="nothing to report"):
+        report(tmp_path)
+    (tmp_path / "seconds.json").write_text("[]")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: malformed JSON"):
+        report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"loss": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: no `step`"):
+        report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(InputError, match=r"seconds.json: not a JSON object"):
+        report(tmp_path)
+    with pytest.raises(ValueError, match="unknown models"):
+        build_report({"studnet": evaluation("student")})
+
+
+def test_a_repeated_step_counts_once_and_a_torn_line_not_at_all(run_dir: Path) -> None:
+    assert [(line["step"], line["loss"]) for line in read_metrics(run_dir / "metrics.jsonl")] == [
+        (1, 2.0),
+        (2, 7.0),
+        (3, 2.0 / 3),
+    ]
+
+
+def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    report_cli.add_arguments(parser)
+    assert report_cli.run(parser.parse_args([str(run_dir), "--json"])) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((run_dir / "report.json").read_text())
+    assert report_cli.run(parser.parse_args([str(run_dir)])) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'report.md'}\n"
