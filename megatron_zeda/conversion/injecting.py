@@ -71,7 +71,7 @@ def inject_zero_experts(
                 writer.write(name, tensor)
         write_config(folder, dynamic, family)
         copy_side_files(source.path, folder)
-        manifest = make_manifest(source, num_zero_experts=zero, seed=seed, expert_layout=source.layout)
+        manifest = make_manifest(source, num_zero_experts=zero, injection_seed=seed, expert_layout=source.layout)
         write_json(folder / MANIFEST_FILE, manifest)
     return manifest
 

@@ -31,7 +31,7 @@ def make_manifest(source: HfFolder, **more: Any) -> dict[str, Any]:
         "family": source.family.name,
         "num_experts": source.family.num_experts(source.config),
         "num_zero_experts": source.num_zero_experts,
-        "seed": read_manifest(source.path).get("seed"),
+        "injection_seed": read_manifest(source.path).get("injection_seed"),
         "source": {"folder": str(source.path), "files": source.file_hashes()},
         **more,
     }

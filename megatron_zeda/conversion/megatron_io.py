@@ -9,14 +9,12 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_zeda.conversion.manifest import MANIFEST_FILE, read_manifest
+from megatron_zeda.conversion.manifest import read_manifest
 from megatron_zeda.conversion.pickles import check_pickles
 from megatron_zeda.conversion.torch_dist import TorchDistReader, with_stored_vocabulary
 from megatron_zeda.errors import InputError
@@ -25,11 +23,9 @@ from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, famil
 __all__ = [
     "MegatronFolder",
     "check_pickles",
-    "copy_origin",
     "drop_extra_state",
     "iteration_dir",
     "latest_iteration",
-    "load_weights",
     "read_manifest",
     "write_latest_iteration",
 ]
@@ -70,54 +66,9 @@ def write_latest_iteration(folder: str | Path, iteration: int) -> None:
     partial.replace(Path(folder) / TRACKER)
 
 
-def copy_origin(source: str | Path, target: str | Path) -> None:
-    """Give a new checkpoint folder the manifest and the ``hf/`` folder of the one it was trained from."""
-    source, target = Path(source), Path(target)
-    target.mkdir(parents=True, exist_ok=True)
-    if (source / MANIFEST_FILE).is_file():
-        shutil.copyfile(source / MANIFEST_FILE, target / MANIFEST_FILE)
-    if not (target / HF_FOLDER).exists():
-        shutil.copytree(source / HF_FOLDER, target / HF_FOLDER)
-
-
 def drop_extra_state(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     """Without Transformer Engine's ``_extra_state`` entries, which a checkpoint written on a CPU does not have."""
     return {name: entry for name, entry in sharded_state_dict.items() if "_extra_state" not in name}
-
-
-def load_weights(model_chunks: Iterable[torch.nn.Module], iteration_folder: str | Path) -> None:
-    """Load the weights of one iteration into a model built at any layout. Collective over all ranks.
-
-    Args:
-        model_chunks: this rank's ``GPTModel`` chunks (one, or one per virtual pipeline stage), not wrapped.
-        iteration_folder: from :func:`iteration_dir`.
-
-    Raises:
-        InputError: for an incomplete checkpoint, or one that does not fit the model.
-        ZedaError: for a checkpoint whose pickles are not only data.
-    """
-    check_pickles(iteration_folder)
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    chunks = list(model_chunks)
-    wanted = {
-        f"model{number}": drop_extra_state(chunk.sharded_state_dict())  # type: ignore[operator]  # Megatron's method
-        for number, chunk in enumerate(chunks)
-    }
-    try:
-        loaded = dist_checkpointing.load(wanted, str(iteration_folder))
-    except (KeyError, CheckpointingException) as error:
-        raise InputError(f"the checkpoint does not fit the model: {error}", where=iteration_folder) from error
-    for number, chunk in enumerate(chunks):
-        missing, unexpected = chunk.load_state_dict(loaded[f"model{number}"], strict=False)
-        missing = [name for name in missing if "_extra_state" not in name]
-        if missing or unexpected:
-            raise InputError(
-                "the checkpoint does not fit the model",
-                where=iteration_folder,
-                value={"missing": missing[:3], "unexpected": unexpected[:3]},
-            )
 
 
 class MegatronFolder:

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_static(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A static Qwen3-MoE folder with a tokenizer: 3 layers, 8 experts, K = 4."""
+    """A static Qwen3-MoE folder with a tokenizer: 2 layers, 8 experts, K = 4."""
     from tiny_hf import save_static
 
     return save_static(tmp_path_factory.mktemp("tiny") / "static")
@@ -21,3 +21,20 @@ def tiny_dynamic(tiny_static: Path) -> Path:
     from tiny_hf import save_dynamic
 
     return save_dynamic(tiny_static, tiny_static.parent / "dynamic")
+
+
+@pytest.fixture(scope="session")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest static checkpoint, written by stock transformers: 2 layers, 4 experts, K = 2, no tokenizer."""
+    from checkpoints import make_hf
+
+    return make_hf(tmp_path_factory.mktemp("checkpoints") / "static")
+
+
+@pytest.fixture(scope="session")
+def dynamic(static: Path) -> Path:
+    """The same with 2 zero experts, made by injection."""
+    from megatron_zeda.conversion import inject_zero_experts
+
+    inject_zero_experts(static, static.parent / "dynamic")
+    return static.parent / "dynamic"
