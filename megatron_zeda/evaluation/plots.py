@@ -19,13 +19,14 @@ def plot_skip_rate_per_layer(response: Sequence[float], prompt: Sequence[float] 
     figure, axes = _figure(width=max(6.4, min(16.0, 2.5 + 0.3 * len(response))), height=3.8)
     layers = range(len(response))
     mean = sum(response) / len(response)
-    axes.bar(layers, [100 * rate for rate in response], width=0.7, color=_BLUE, label="response tokens")
+    handles = [axes.bar(layers, [100 * rate for rate in response], width=0.7, color=_BLUE, label="response tokens")]
     if prompt:
-        axes.plot(
-            layers, [100 * rate for rate in prompt], linestyle="none", marker="D", markersize=6, color=_ORANGE,
-            markeredgecolor="white", label="prompt tokens",
-        )  # fmt: skip
-    axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1.2, label=f"mean of responses, {100 * mean:.1f} %")
+        rates = [100 * rate for rate in prompt]
+        handles += axes.plot(
+            layers, rates, "D", markersize=6, color=_ORANGE, markeredgecolor="white", label="prompt tokens"
+        )
+    label = f"mean of responses, {100 * mean:.1f} %"
+    handles.append(axes.axhline(100 * mean, color=_GREY, linestyle="--", linewidth=1.2, label=label))
     axes.set_xlabel("layer")
     axes.set_ylabel("skip rate, %")
     axes.set_title("Expert slots that went to zero experts, held-out data")
@@ -35,7 +36,7 @@ def plot_skip_rate_per_layer(response: Sequence[float], prompt: Sequence[float] 
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     # Below the axes: wherever the bars end, nothing is covered.
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return _png(figure)
 
 

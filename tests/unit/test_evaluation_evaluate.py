@@ -113,7 +113,7 @@ def test_inputs_that_measure_nothing_are_refused(tiny_static: Path, files: dict[
 
 def test_prompts_without_answers_are_named(tmp_path: Path, tiny_static: Path) -> None:
     prompts = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "b"}])
-    with pytest.raises(InputError, match="p.jsonl:2: no `answer`"):
+    with pytest.raises(InputError, match=r"p.jsonl:2: no `answer`"):
         evaluate(EvaluationInputs(tiny_static, prompts=prompts))
 
 
@@ -134,7 +134,7 @@ def test_rollouts_of_a_larger_vocabulary_are_named(tmp_path: Path, tiny_static: 
     lines = [json.loads(line) for line in files["rollouts"].read_text().splitlines()]
     lines[1]["response_ids"][0] = len(VOCABULARY)
     path = write_lines(tmp_path / "r.jsonl", lines)
-    with pytest.raises(InputError, match="r.jsonl:2: token id outside the vocabulary"):
+    with pytest.raises(InputError, match=r"r.jsonl:2: token id outside the vocabulary"):
         evaluate(EvaluationInputs(tiny_static, rollouts=path))
 
 

@@ -81,7 +81,7 @@ def test_kl_of_a_model_to_itself_is_zero_and_none_without_teacher(teacher: Any, 
 
 
 def dense_zero_slots(model: Any, gate_weights: list[torch.Tensor], ids: list[int]) -> torch.Tensor:
-    """``[layers, S]`` zero slots, from the routers' inputs and the weights on disk: softmax, top-K, ids of N and above."""
+    """``[layers, S]`` zero slots, from the routers' inputs and the weights on disk: softmax, top-K, ids from N on."""
     inputs: dict[int, torch.Tensor] = {}
     handles = [
         gate.register_forward_pre_hook(lambda module, args, layer=layer: inputs.__setitem__(layer, args[0]))
@@ -193,10 +193,10 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path: Path, teacher: Any, 
 
 def test_rollouts_of_another_model_are_named(rollouts: list[Rollout]) -> None:
     bad = [*rollouts[:2], make_rollout([5], [len(VOCABULARY)])]
-    with pytest.raises(InputError, match="r.jsonl:3: token id outside the vocabulary"):
+    with pytest.raises(InputError, match=r"r.jsonl:3: token id outside the vocabulary"):
         check_ids(bad, vocab_size=len(VOCABULARY), context=96, where="r.jsonl")
     bad = [make_rollout([5] * 60, [6] * 37)]
-    with pytest.raises(InputError, match="r.jsonl:1: the rollout has 97 tokens; at most 96"):
+    with pytest.raises(InputError, match=r"r.jsonl:1: the rollout has 97 tokens; at most 96"):
         check_ids(bad, vocab_size=len(VOCABULARY), context=96, where="r.jsonl")
 
 
@@ -210,7 +210,7 @@ def test_texts_of_both_forms(tmp_path: Path) -> None:
 
 def test_bad_texts_are_refused(tmp_path: Path) -> None:
     lines = write_lines(tmp_path / "t.jsonl", [{"text": "one"}, {"txt": "two"}])
-    with pytest.raises(InputError, match="t.jsonl:2: no `text`"):
+    with pytest.raises(InputError, match=r"t.jsonl:2: no `text`"):
         read_texts(lines)
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text(" \n")
