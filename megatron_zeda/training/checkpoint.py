@@ -32,7 +32,8 @@ from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.training.setup import unwrap
 from megatron_zeda.training.signals import signals_wait
 
-# Stored in the shape of whole parameters, so that another layout can load them.
+# Stored in the shape of whole parameters, so that another layout can load them. Hand out copies: Megatron-Core adds the
+# process group of the moment to what it is given.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -93,7 +94,7 @@ def _names(chunks: list[Any]) -> list[str]:
 
 def _model_state(chunks: list[Any]) -> dict[str, Any]:
     return {
-        name: megatron_io.drop_extra_state(unwrap(chunk).sharded_state_dict(metadata=_METADATA))
+        name: megatron_io.drop_extra_state(unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA)))
         for name, chunk in zip(_names(chunks), chunks, strict=True)
     }
 
@@ -110,9 +111,13 @@ def load_weights(chunks: list[Any], folder: Path) -> None:
     Raises:
         ZedaError: the folder is no checkpoint of this model, or its pickles hold anything but data.
     """
+    from megatron.core import dist_checkpointing
+
     iteration_dir = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder))
+    megatron_io.check_pickles(iteration_dir)
     with _loading(iteration_dir):
-        megatron_io.load_weights([unwrap(chunk) for chunk in chunks], iteration_dir)
+        state = dist_checkpointing.load(_model_state(chunks), str(iteration_dir), strict="raise_unexpected")
+        _load_model_state(chunks, state)
 
 
 def resume_folder(config: Config) -> Path | None:
@@ -187,7 +192,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
             partial.mkdir()
         torch.distributed.barrier()
         state = _model_state(chunks)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=dict(_METADATA))
         state |= {
             "opt_param_scheduler": scheduler.state_dict(),
             "rng_state": _sharded_rng_state(),
@@ -211,7 +216,11 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
     manifest |= {"iteration": progress.iteration, "layout": _layout(config), "seed": config.train.seed}
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
-    megatron_io.copy_origin(source, config.save_dir)
+    if not (config.save_dir / "hf").exists():
+        copy = config.save_dir / ".hf.partial"
+        shutil.copytree(source / "hf", copy, dirs_exist_ok=True)
+        os.replace(copy, config.save_dir / "hf")
+    write_atomically(config.save_dir / "zeda_manifest.json", text)
     if final.exists():  # written, but the run was killed before it became the latest
         shutil.rmtree(final)
     os.replace(partial, final)
@@ -288,7 +297,7 @@ def resume(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> t
     _allocate_adam_states(optimizer)
     with _loading(iteration_dir):
         state = _model_state(chunks)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=dict(_METADATA))
         if same_size:
             state["rng_state"] = _sharded_rng_state()
         state = dist_checkpointing.load(state, str(iteration_dir), strict="raise_unexpected")

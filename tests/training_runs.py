@@ -1,0 +1,75 @@
+"""A tiny Qwen3-MoE teacher, the student injected from it, data, and a configuration: what the training tests start from."""
+
+import json
+import random
+from pathlib import Path
+
+from megatron_zeda.config import Config
+
+VOCABULARY = 96
+
+
+def write_rollouts(path: Path, count: int, *, seed: int) -> None:
+    """Random prompts of 3 to 19 tokens with responses of 2 to 11."""
+    numbers = random.Random(seed)
+    lines = []
+    for index in range(count):
+        prompt = [numbers.randrange(VOCABULARY) for _ in range(numbers.randrange(3, 20))]
+        response = [(7 * token + 3) % VOCABULARY for token in prompt][: numbers.randrange(2, 12)]
+        line = {"id": str(index), "prompt_ids": prompt, "response_ids": response, "finish_reason": "stop"}
+        lines.append(json.dumps(line))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def make_run(root: Path) -> None:
+    """Fill ``root`` with ``teacher_hf``, ``teacher``, ``student_hf``, ``student``, ``train.jsonl``, ``validation.jsonl``."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(root / "teacher_hf")
+    inject_zero_experts(root / "teacher_hf", root / "student_hf")
+    hf_to_megatron(root / "teacher_hf", root / "teacher")
+    hf_to_megatron(root / "student_hf", root / "student")
+    write_rollouts(root / "train.jsonl", 40, seed=0)
+    write_rollouts(root / "validation.jsonl", 11, seed=1)
+
+
+def make_config(root: Path, name: str) -> Config:
+    """Six fp32 steps of eight sequences in ``root/name``."""
+    config = Config()
+    config.model.checkpoint = str(root / "student")
+    config.model.seq_length = 64
+    config.model.bf16 = False
+    config.teacher.checkpoint = str(root / "teacher")
+    config.dataset.train = [str(root / "train.jsonl")]
+    config.dataset.validation = [str(root / "validation.jsonl")]
+    config.train.train_iters = 6
+    config.train.micro_batch_size = 4
+    config.train.global_batch_size = 8
+    config.optimizer.lr = 1e-2
+    config.checkpoint.save_interval = 100
+    config.checkpoint.export_hf = False
+    config.validation.eval_interval = 100
+    config.validation.eval_iters = 2
+    config.logger.run_dir = str(root / name)
+    config.logger.tensorboard = False
+    return config
