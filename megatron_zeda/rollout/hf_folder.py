@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_zeda.errors import InputError
+from megatron_zeda.conversion.hf_folder import HfFolder
+from megatron_zeda.conversion.safetensors_io import SafetensorsReader
+from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.models import HfConfig, family_for, load_hf_config
 
 DTYPES = ("auto", "float32", "bfloat16")
-_INDEX = "model.safetensors.index.json"
 
 
 def read_config(folder: Path) -> HfConfig:
@@ -32,48 +32,17 @@ def read_config(folder: Path) -> HfConfig:
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the folder's safetensors files in order.
+def weights_version(folder: Path) -> str:
+    """Return a hash of the names and bytes of the folder's safetensors files, as ``sha256:<64 hex digits>``.
 
     Raises:
-        InputError: none, a missing or truncated shard, or an index that names a file outside the folder.
+        InputError: missing or damaged files.
     """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise InputError("malformed index", where=index, rule='{"weight_map": {tensor: file}}') from error
-    else:
-        names = ["model.safetensors"]
-    files = []
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError("the index names a file outside its folder", where=index, value=name, fix="mend the index")
-        path = folder / name
-        if not path.is_file():
-            raise InputError(
-                "the weights are missing",
-                where=path,
-                rule="safetensors only; pickled weights are not read",
-                fix="copy the file",
-            )
-        try:
-            with safe_open(path, framework="pt"):
-                files.append(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"damaged weights: {error}", where=path, fix="copy the file again") from error
-    return files
-
-
-def weights_version(folder: Path) -> str:
-    """Return a hash of the names and bytes of the folder's safetensors files, as ``sha256:<64 hex digits>``."""
     total = hashlib.sha256()
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    with SafetensorsReader(folder) as reader:
+        for path in sorted(reader.files):
+            with path.open("rb") as file:
+                total.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return f"sha256:{total.hexdigest()}"
 
 
@@ -110,8 +79,8 @@ def load_model(
         InputError: what :func:`read_config` and :func:`weight_files` refuse, code that was not asked for, weights
             that do not fit the configuration, a K that is not there.
     """
-    config = read_config(folder)
-    weight_files(folder)
+    with HfFolder(folder) as checked:
+        config = checked.config
     if num_experts_per_token is not None:
         _check_experts_per_token(config, num_experts_per_token)
     model_class, hf_config = _class_and_config(folder, config, trust_remote_code)
@@ -130,15 +99,14 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"the model cannot be loaded: {reason}", where=folder, fix="check the folder") from error
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info[kind]:
-            raise InputError(
-                f"the weights do not fit config.json: {len(info[kind])} {kind.replace('_', ' ')}",
-                where=folder,
-                value=sorted(map(str, info[kind]))[0],
-                rule="every tensor of the model, and no other, must be in the safetensors files",
-                fix="export or convert the folder again",
-            )
+    unfilled = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}))
+    if unfilled:
+        raise ZedaError(
+            f"transformers did not use the weights as they are: {len(unfilled)} tensors",
+            where=folder,
+            value=unfilled[0],
+            fix="use the versions of constraints.txt",
+        )
     return model.to(device).eval()
 
 

@@ -131,6 +131,19 @@ def test_rows_of_different_limits_share_a_batch(engine: TransformersEngine) -> N
     assert alone[0].ids == short.ids
 
 
+def test_every_row_counts_its_positions_from_zero(engine: TransformersEngine) -> None:
+    """Rotary embeddings hide a shift that is the same for a whole row, so look at what the model is given."""
+    given: list[list[list[int]]] = []
+    handle = engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs["position_ids"].tolist()), with_kwargs=True
+    )
+    try:
+        decode(engine.model, [[5, 6, 7], [8]], sampling=GREEDY, rows=[0, 1], eos_ids=[], context=engine.context)
+    finally:
+        handle.remove()
+    assert given[:3] == [[[0, 1, 2], [0, 0, 0]], [[3], [1]], [[4], [2]]]
+
+
 def test_padding_is_on_the_left() -> None:
     ids, mask = left_pad([[1, 2, 3], [4]], 0, torch.device("cpu"))
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]

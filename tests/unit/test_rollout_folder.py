@@ -16,7 +16,7 @@ from tiny_hf import save_dynamic
 
 from megatron_zeda.errors import InputError
 from megatron_zeda.rollout.files import Prompt
-from megatron_zeda.rollout.hf_folder import load_model, read_config, resolve_dtype, weight_files, weights_version
+from megatron_zeda.rollout.hf_folder import load_model, read_config, resolve_dtype, weights_version
 from megatron_zeda.rollout.transformers_engine import TransformersEngine
 
 CPU = torch.device("cpu")
@@ -99,6 +99,7 @@ def huge_header(folder: Path) -> None:
 
 def index(weight_map: Any) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
+        (folder / "model.safetensors").unlink(missing_ok=True)
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
     return write
@@ -131,16 +132,16 @@ def gate_not_widened(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
         (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
         (other_family, "config.json: this model family is not supported"),
-        (no_weights, "model.safetensors: the weights are missing.*pickled weights are not read"),
-        (truncated, "model.safetensors: damaged weights"),
-        (huge_header, "model.safetensors: damaged weights"),
-        (index({"a": "../model/model.safetensors"}), "index.json: the index names a file outside its folder"),
-        (index({"a": "/etc/passwd"}), "index.json: the index names a file outside its folder"),
-        (index({"a": "model-00001.safetensors"}), "model-00001.safetensors: the weights are missing"),
-        (index([1]), "index.json: malformed index"),
-        (missing_tensor, r"1 missing keys \(got 'model.norm.weight'\)"),
-        (surplus_layer, "unexpected keys"),
-        (gate_not_widened, "cannot be loaded|mismatched keys"),
+        (no_weights, "convert the pickled weights to safetensors"),
+        (truncated, "model.safetensors: the file is truncated"),
+        (huge_header, "model.safetensors: the file is truncated"),
+        (index({"a": "../model/model.safetensors"}), r"index.json: .* \(got '../model/model.safetensors'\)"),
+        (index({"a": "/etc/passwd"}), r"index.json: .* \(got '/etc/passwd'\)"),
+        (index({"a": "model-00001.safetensors"}), "model-00001.safetensors: a shard is missing"),
+        (index([1]), "index.json: `weight_map` is missing"),
+        (missing_tensor, "1 tensors are missing, the first is model.norm.weight"),
+        (surplus_layer, "tensors are unexpected"),
+        (gate_not_widened, "mlp.gate.weight was not widened"),
     ],
 )
 def test_a_damaged_folder_is_one_clear_error(folder: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -151,7 +152,7 @@ def test_a_damaged_folder_is_one_clear_error(folder: Path, damage: Callable[[Pat
 
 def test_a_widened_gate_in_a_static_folder_is_an_error(dynamic: Path, tiny_static: Path) -> None:
     shutil.copy(tiny_static / "config.json", dynamic / "config.json")
-    with pytest.raises(InputError, match=r"cannot be loaded|mismatched keys"):
+    with pytest.raises(InputError, match="zero experts were injected already"):
         load_model(dynamic, device=CPU)
 
 
@@ -171,9 +172,7 @@ def test_sharded_weights_are_all_part_of_the_version(folder: Path) -> None:
     halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, part in halves.items():
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-    (folder / "model.safetensors").unlink()
     index({name: file for file, part in halves.items() for name in part})(folder)
-    assert [path.name for path in weight_files(folder)] == ["a.safetensors", "b.safetensors"]
     before = weights_version(folder)
     load_model(folder, device=CPU)
     save_file({n: tensors[n] + 1 for n in halves["b.safetensors"]}, folder / "b.safetensors", metadata={"format": "pt"})
