@@ -1,6 +1,7 @@
 """``zeda check | train | rollout | eval | report``. Exit 0 done, 1 failed, 2 wrong input.
 
-The commands' own modules are imported only when they run: ``zeda check`` on a bad configuration answers without torch.
+The commands' own modules are imported only when they run, torch only to judge the model's shape, and Megatron-Core only
+for a configuration that has passed everything else: a typing error is answered in half a second.
 """
 
 from __future__ import annotations
@@ -39,21 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; None: those of this process.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command = next((word for word in arguments if not word.startswith("-")), None)
-    if command in ("check", "train"):
-        # `--section.key=value` is tolerated; argparse would take it for an unknown flag.
-        arguments = [re.sub(r"^--(?=\w+\.)", "", word) for word in arguments]
-    parser = _parser(command)
-    args, rest = parser.parse_known_args(arguments)
-    # argparse takes the positional arguments in one piece; the overrides behind a flag are left over.
-    if rest and (command not in ("check", "train") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
-    run: Callable[[argparse.Namespace], int] = args.run
     _quieten()
     try:
+        args = _parse(list(sys.argv[1:] if argv is None else argv))
+        run: Callable[[argparse.Namespace], int] = args.run
         return run(args)
     except ZedaError as error:
         _print_error(error)
@@ -61,6 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    takes_overrides = command in ("check", "train")
+    if takes_overrides:
+        # `--section.key=value` is tolerated; argparse would take it for an unknown flag.
+        arguments = [re.sub(r"^--(?=\w+\.)", "", word) for word in arguments]
+    parser = _parser(command)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes the positional arguments in one piece; the overrides behind a flag are left over.
+    if rest and (not takes_overrides or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _quieten() -> None:

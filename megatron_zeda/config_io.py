@@ -28,8 +28,9 @@ from megatron_zeda.errors import InputError
 Tree = dict[str, Any]
 
 _FOLDER_FIX = {
-    True: "a Megatron checkpoint folder is wanted (checkpoint_tools/hf_to_megatron.py writes one)",
-    False: "a Hugging Face model folder is wanted",
+    "config.json": "a Hugging Face model folder is wanted",
+    "latest_checkpointed_iteration.txt": "checkpoint_tools/hf_to_megatron.py writes such a folder",
+    "hf/config.json": "checkpoint_tools/hf_to_megatron.py copies the model's configuration there",
 }
 
 
@@ -159,11 +160,14 @@ def missing_inputs(config: Config) -> tuple[list[str], list[str]]:
         What does not exist (yet), and what exists but is something else; one line each.
     """
     absent, wrong = [], []
-    marker = "latest_checkpointed_iteration.txt"
+    marker, shape = "latest_checkpointed_iteration.txt", "hf/config.json"
+    teacher = config.teacher.checkpoint
     wanted: list[tuple[str, str | None, str | None]] = [
         ("model.hf", config.model.hf, "config.json"),
         ("model.checkpoint", config.model.checkpoint, marker),
-        ("teacher.checkpoint", config.teacher.checkpoint, marker),
+        ("model.checkpoint", config.model.checkpoint if config.model.hf is None else None, shape),
+        ("teacher.checkpoint", teacher, marker),
+        ("teacher.checkpoint", teacher, shape),
         ("checkpoint.load", config.checkpoint.load, marker),
         *(("dataset.train", name, None) for name in config.dataset.train),
         *(("dataset.validation", name, None) for name in config.dataset.validation),
@@ -177,7 +181,8 @@ def missing_inputs(config: Config) -> tuple[list[str], list[str]]:
         elif inside is None and not path.is_file():
             wrong.append(f"{key}: {path} is a folder; a jsonl file is wanted")
         elif inside is not None and not (path / inside).is_file():
-            wrong.append(f"{key}: {path} has no {inside}; " + _FOLDER_FIX[inside == marker])
+            wrong.append(f"{key}: {path} has no {inside}; " + _FOLDER_FIX[inside])
+    absent = list(dict.fromkeys(absent))
     tokenizer = config.dataset.tokenizer
     if tokenizer is not None and not Path(tokenizer).exists():
         absent.append(f"dataset.tokenizer: {tokenizer} does not exist")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "start").mkdir()
     (tmp_path / "start/latest_checkpointed_iteration.txt").write_text("0")
     (tmp_path / "a b.jsonl").write_text("")
+    (tmp_path / "start/hf").mkdir()
+    shutil.copy(ROOT / "examples/qwen3_30b_a3b/config.json", tmp_path / "start/hf")
     path = tmp_path / "config.yaml"
     path.write_text(
         "model: {checkpoint: start}\ndataset: {train: a b.jsonl}\ntrain: {train_iters: 3}\nlogger: {run_dir: run}\n"
@@ -74,11 +77,16 @@ class TestCheck:
         assert load_config(tmp_path / "resolved.yaml", world_size=8) == load_config(EXAMPLE, world_size=8)
 
     def test_json(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["check", str(ready), "--json", "--world-size", "4", "optimizer.lr=1e-3"]) == 0
+        assert (
+            cli.main(
+                ["check", str(ready), "--json", "--world-size", "4", "optimizer.lr=1e-3", "teacher.checkpoint=gone"]
+            )
+            == 0
+        )
         printed = json.loads(capsys.readouterr().out)
         assert printed["config"]["optimizer"]["lr"] == 1e-3
         assert printed["derived"]["data_parallel_size"] == 4
-        assert any("config.json" in note for note in printed["notes"])
+        assert printed["notes"] == ["teacher.checkpoint: gone does not exist: to be provided before training"]
 
     def test_problems_go_to_stderr_one_a_line(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["check", str(ready), "model.seq_lenght=3", "train.stage=2"]) == 2
@@ -137,7 +145,9 @@ class TestCheck:
             "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules); sys.exit(code)"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program, "check", str(ready), "train.stage=2"], capture_output=True, text=True
+            [sys.executable, "-c", program, "check", str(ready), "train.stage=2", "model.checkpoint=not_yet"],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 2, done.stderr
 

@@ -234,7 +234,12 @@ class TestInputs:
 
     def test_a_complete_run_has_neither(self, minimal: Path, tmp_path: Path) -> None:
         checkpoint, file = tmp_path / "checkpoint", write(tmp_path, "", "file.jsonl")
-        checkpoint.mkdir()
+        (checkpoint / "hf").mkdir(parents=True)
         write(checkpoint, "0", "latest_checkpointed_iteration.txt")
-        overrides = [f"model.checkpoint={checkpoint}", f"dataset.train={file}", f"logger.run_dir={tmp_path}/run"]
-        assert missing_inputs(load_config(minimal, overrides)) == ([], [])
+        write(checkpoint / "hf", "{}", "config.json")
+        overrides = [f"teacher.checkpoint={checkpoint}", f"dataset.train={file}", f"logger.run_dir={tmp_path}/run"]
+        config = load_config(minimal, overrides)
+        config.model.checkpoint = str(checkpoint)
+        assert missing_inputs(config) == ([], [])
+        (checkpoint / "hf/config.json").unlink()
+        assert [line.split(":")[0] for line in missing_inputs(config)[1]] == ["model.checkpoint", "teacher.checkpoint"]
