@@ -87,10 +87,11 @@ class _AllowListUnpickler(pickle.Unpickler):
     """Builds only what is on a list."""
 
     def __init__(self, file: io.BufferedIOBase, allowed: Iterable[tuple[str, str]], where: str | Path) -> None:
-        super().__init__(file)
+        super().__init__(file, fix_imports=False)  # names are compared as they are resolved
         self._allowed, self._where = frozenset(allowed), where
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # torch.save writes the old spelling
         if (module, name) not in self._allowed:
             raise ZedaError(
                 f"its pickle refers to {module}.{name}, which is not on the list of what a checkpoint may contain",
@@ -124,8 +125,7 @@ class _InertUnpickler(_AllowListUnpickler):
     """Checks the names and builds nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._allowed:
-            super().find_class(module, name)  # raises
+        super().find_class(module, name)  # refuses what is not on the list
         return _Inert
 
     def persistent_load(self, pid: object) -> Any:

@@ -102,7 +102,8 @@ def test_static_megatron_logits_are_stock_transformers(megatron: None, tmp_path:
 def test_dynamic_megatron_logits_are_the_export_s_and_dense_zeros(
     megatron: None, tmp_path: Path, normalised: bool
 ) -> None:
-    inject_zero_experts(make_hf(tmp_path / "hf", norm_topk_prob=normalised), tmp_path / "dynamic", num_zero_experts=3)
+    make_hf(tmp_path / "hf", norm_topk_prob=normalised)
+    inject_zero_experts(tmp_path / "hf", tmp_path / "dynamic", num_zero_experts=3)
     hf_to_megatron(tmp_path / "dynamic", tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
     model = megatron_model(load_hf_config(tmp_path / "megatron/hf"))
@@ -129,7 +130,7 @@ def test_the_dial_reaches_megatron(megatron: None, tmp_path: Path, static: Path,
 
 
 def test_both_spellings_of_the_published_format_are_read(tmp_path: Path, dynamic: Path) -> None:
-    """``qwen3_moe_plus_plus`` and transformers 5's ``num_local_experts`` come out as the one form every engine reads."""
+    """``qwen3_moe_plus_plus`` and ``num_local_experts`` come out in the one form that every engine reads."""
     edit_config(
         dynamic, tmp_path / "odd", model_type="qwen3_moe_plus_plus", num_experts=..., num_local_experts=4, auto_map=...
     )
