@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -112,7 +113,11 @@ def write_torch_dist(
     writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": on purpose
-        save({}, storage_writer=writer, planner=planner, no_dist=True)
+        try:
+            save({}, storage_writer=writer, planner=planner, no_dist=True)
+        except CheckpointException as error:  # PyTorch wraps whatever went wrong, a full disk or an unreadable source
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from error
     planner.ledger.close()
     write_json(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
 
