@@ -141,7 +141,8 @@ def _check_or_raise(args: argparse.Namespace) -> int:
         from megatron_zeda.models import load_hf_config
 
         hf_config = load_hf_config(shape.parent)
-        notes += _check_megatron(config, hf_config)
+        _check_megatron(config, hf_config)
+        notes += _unavailable_here(config)
         if shape.parent != config.hf_dir:
             notes.append(f"the model's shape was taken from {shape}")
     facts = derived(config, world_size or smallest_world_size(config), hf_config)
@@ -149,31 +150,40 @@ def _check_or_raise(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_megatron(config: Config, hf_config: dict[str, Any]) -> list[str]:
-    """Let Megatron-Core judge the model's settings. Last, because importing it takes seconds.
-
-    Returns:
-        Notes on settings that need what this machine lacks, such as Transformer Engine on a login node.
-    """
+def _check_megatron(config: Config, hf_config: dict[str, Any]) -> None:
+    """Let Megatron-Core judge the model's settings, without those that need what this machine lacks."""
     from megatron_zeda import platform
     from megatron_zeda.config_io import ConfigErrors
     from megatron_zeda.training.setup import transformer_config
 
     forced = platform.transformer_config_overrides()
-    named = {name: value for name, value in forced.items() if hasattr(config.model, name)}
-    wanted = {f"model.{name}": getattr(config.model, name) for name, value in named.items()}
-    wanted |= {f"model.overrides.{name}": value for name, value in config.model.overrides.items() if name in forced}
-    lacking = {key: value for key, value in wanted.items() if value != forced[key.rpartition(".")[2]]}
+    own = {name: value for name, value in forced.items() if hasattr(config.model, name)}
     overrides = {name: value for name, value in config.model.overrides.items() if name not in forced}
-    portable = replace(config, model=replace(config.model, overrides=overrides, **named))
+    portable = replace(config, model=replace(config.model, overrides=overrides, **own))
     try:
         transformer_config(portable, hf_config, where=Path("model"))
     except InputError as error:
         raise ConfigErrors(str(error).splitlines()) from error
-    return [
-        f"{key} = {json.dumps(value)} was not checked: this machine lacks what it needs"
-        for key, value in lacking.items()
-    ]
+
+
+def _unavailable_here(config: Config) -> list[str]:
+    """Settings that need hardware or libraries that this machine (a login node, perhaps) does not have."""
+    from megatron_zeda import platform
+
+    lines = []
+    for name, value in platform.transformer_config_overrides().items():
+        for key, wanted in (
+            (f"model.{name}", getattr(config.model, name, value)),
+            (f"model.overrides.{name}", config.model.overrides.get(name, value)),
+        ):
+            if wanted != value:
+                lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
+    optimizer = config.optimizer
+    if optimizer.optimizer_cpu_offload and platform.device().type == "cpu":
+        lines.append("optimizer.optimizer_cpu_offload: true needs a GPU to offload from")
+    elif optimizer.use_precision_aware_optimizer and not platform.have_transformer_engine():
+        lines.append("optimizer.use_precision_aware_optimizer: true needs Transformer Engine and a GPU")
+    return [f"{line}, which this machine does not have" for line in lines]
 
 
 def _print_check(
@@ -197,8 +207,9 @@ def _train(args: argparse.Namespace) -> int:
     try:
         config = load_config(args.config, args.overrides, world_size=ranks.world_size)
         absent, wrong = missing_inputs(config)
-        if absent or wrong:
-            raise ConfigErrors([*absent, *wrong])
+        problems = [*absent, *wrong, *_unavailable_here(config)]
+        if problems:
+            raise ConfigErrors(problems)
     except ConfigErrors as error:
         # All ranks read the same files: one of them says so.
         if ranks.rank == 0:

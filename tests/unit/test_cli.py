@@ -11,8 +11,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_zeda import cli
+from megatron_zeda import cli, platform
 from megatron_zeda.config import Config
 from megatron_zeda.config_io import load_config
 from megatron_zeda.errors import InputError, ZedaError
@@ -172,6 +173,32 @@ class TestTrain:
             "error: model.checkpoint: gone does not exist",
             "error: dataset.train: no.jsonl does not exist",
         ]
+        assert trained == []
+
+    def test_what_this_machine_cannot_do_is_an_error_here_and_a_note_of_check(
+        self, ready: Path, trained: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(platform, "have_transformer_engine", lambda: False)
+        monkeypatch.setattr(platform, "device", lambda: torch.device("cpu"))
+        forced = {"moe_permute_fusion": False, "moe_grouped_gemm": False}
+        monkeypatch.setattr(platform, "transformer_config_overrides", lambda: forced)
+        overrides = [
+            "model.moe_permute_fusion=true",
+            "model.overrides.moe_grouped_gemm=true",
+            "optimizer.use_precision_aware_optimizer=true",
+        ]
+        for offload, key in (
+            ("false", "optimizer.use_precision_aware_optimizer"),
+            ("true", "optimizer.optimizer_cpu_offload"),
+        ):
+            arguments = [str(ready), *overrides, f"optimizer.optimizer_cpu_offload={offload}"]
+            wanted = ["model.moe_permute_fusion", "model.overrides.moe_grouped_gemm", key]
+            assert cli.main(["train", *arguments]) == 2
+            found = capsys.readouterr().err.splitlines()
+            assert [line.split(": ")[1] for line in found] == wanted
+            assert cli.main(["check", *arguments, "--json"]) == 0
+            notes = json.loads(capsys.readouterr().out)["notes"]
+            assert [line.split(": ")[0] for line in notes] == wanted
         assert trained == []
 
     def test_the_world_size_comes_from_srun(
