@@ -30,7 +30,7 @@ from megatron_zeda.config_io import to_yaml
 from megatron_zeda.conversion import megatron_io
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.training.setup import unwrap
-from megatron_zeda.training.signals import signals_wait
+from megatron_zeda.training.signals import helpers_outlive_signals
 
 # Stored in the shape of whole parameters, so that another layout can load them. Hand out copies: Megatron-Core adds the
 # process group of the moment to what it is given.
@@ -170,6 +170,17 @@ def _sharded_rng_state() -> Any:
 # ---- saving and resuming --------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler: Any, progress: Progress) -> Path:
     """Write one checkpoint on all ranks; a collective call.
 
@@ -184,7 +195,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
     final = megatron_io.iteration_dir(config.save_dir, progress.iteration)
     partial = final.with_name(f".{final.name}.partial")
     first = torch.distributed.get_rank() == 0
-    with _writing(config.save_dir), signals_wait():
+    with _writing(config.save_dir), helpers_outlive_signals(), _removed_on_failure(partial):
         if first:
             config.save_dir.mkdir(parents=True, exist_ok=True)
             for left_over in config.save_dir.glob(".iter_*"):

@@ -7,18 +7,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def signals_wait() -> Iterator[None]:
-    """Within the block the signals stay pending, for this process and for those that it starts.
+def helpers_outlive_signals() -> Iterator[None]:
+    """Processes started within the block are deaf to the signals that ask us to stop.
 
-    Schedulers signal every process of a job. A checkpoint has helper processes that would end at once and take the
-    checkpoint with them; they inherit the block.
+    Schedulers signal every process of a job. Megatron-Core's checkpoints have helper processes that would end at once,
+    and take the checkpoint that the signal is about to cause with them. They end when this process does.
     """
+    # Starting it unblocks the signals, so it has to be there before they are blocked.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

@@ -1,0 +1,367 @@
+"""Whole runs of stage 1 in this process: what they write, that they resume exactly, and what they refuse (laws 6, 7, 8)."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_runs import make_config, make_run
+
+from megatron_zeda.config import Config
+from megatron_zeda.conversion import verify_checkpoint
+from megatron_zeda.data import BatchOrder, Sample, load_samples
+from megatron_zeda.errors import InputError, ZedaError
+from megatron_zeda.training import train
+
+KEYS = [
+    "step", "loss", "ce", "kl_forward", "kl_reverse", "balance_loss", "skip_rate", "skip_rate_per_layer", "grad_norm",
+    "lr", "tokens_per_second", "skipped_steps",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("training")
+    make_run(folder)
+    return folder
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    lines = (config.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def samples_of(config: Config, paths: list[str]) -> list[Sample]:
+    return [s for path in paths for s in load_samples(Path(path), seq_length=64, vocab_size=96, tokenizer=None)]
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Config:
+    """An uninterrupted run that saved at steps 3 and 6 and exported."""
+    config = make_config(root, "whole")
+    config.checkpoint.save_interval, config.checkpoint.export_hf = 3, True
+    config.validation.eval_interval, config.logger.tensorboard = 2, True
+    assert train(config) == 0
+    return config
+
+
+def test_what_a_run_leaves(whole: Config) -> None:
+    lines = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert [key for key in line if key != "validation"] == KEYS
+        evaluated = line["step"] % 2 == 0
+        assert ("validation" in line) == evaluated and (line["kl_forward"] is not None) == evaluated
+        assert len(line["skip_rate_per_layer"]) == 2 and line["tokens_per_second"] > 0
+        balance = whole.zero_experts.balance_coeff * 2 * line["balance_loss"]
+        assert line["loss"] == pytest.approx(line["ce"] + balance)
+    assert sorted(path.name for path in whole.run_dir.iterdir()) == [
+        "checkpoints", "config.yaml", "hf", "metrics.jsonl", "tensorboard",
+    ]  # fmt: skip
+    assert sorted(path.name for path in whole.save_dir.iterdir()) == [
+        "hf", "iter_0000003", "iter_0000006", "latest_checkpointed_iteration.txt", "zeda_manifest.json",
+    ]  # fmt: skip
+    for name in ("config.yaml", "zeda_manifest.json", ".metadata"):
+        assert (whole.save_dir / "iter_0000006" / name).is_file()
+    assert "train_iters: 6" in (whole.run_dir / "config.yaml").read_text()
+
+
+def test_law_7_a_killed_run_goes_on_as_if_it_had_not_been(root: Path, whole: Config) -> None:
+    config = make_config(root, "killed")
+    config.checkpoint.save_interval, config.checkpoint.export_hf, config.validation.eval_interval = 3, True, 2
+    shutil.copytree(whole.run_dir, config.run_dir)
+    # Killed while it wrote the line of step 5 and the checkpoint after the one of step 3.
+    shutil.rmtree(config.run_dir / "hf")
+    shutil.rmtree(config.save_dir / "iter_0000006")
+    (config.save_dir / ".iter_0000006.partial").mkdir()
+    (config.save_dir / "latest_checkpointed_iteration.txt").write_text("3")
+    text = (config.run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (config.run_dir / "metrics.jsonl").write_text("".join(text[:4]) + text[4][:30])
+
+    assert train(config) == 0
+    assert metrics(config) == metrics(whole)
+    assert verify_checkpoint(whole.run_dir / "hf", config.run_dir / "hf") == []
+    assert not list(config.save_dir.glob(".*"))
+
+    # Started once more, there is nothing to do and nothing changes.
+    assert train(config) == 0
+    assert metrics(config) == metrics(whole)
+
+
+@pytest.mark.parametrize("changes", [{"use_distributed_optimizer": False}, {"bf16": True}])
+def test_law_7_with_other_optimizers(root: Path, changes: dict[str, bool]) -> None:
+    runs = []
+    for name, interval in (("one-go", 100), ("two-goes", 3)):
+        config = make_config(root, f"{name}-{next(iter(changes))}")
+        config.checkpoint.save_interval = interval
+        for key, value in changes.items():
+            setattr(config.model if key == "bf16" else config.optimizer, key, value)
+        assert train(config) == 0
+        runs.append(config)
+    (runs[1].save_dir / "latest_checkpointed_iteration.txt").write_text("3")
+    assert train(runs[1]) == 0
+    assert metrics(runs[0]) == metrics(runs[1])
+
+
+# ---- law 6 and the held-out numbers, against stock transformers ------------------------------------------------------
+
+
+def zero_selections(folder: Path, rows: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Per sequence: logits ``[S, V]``, and zero experts chosen ``[layers, S]``, by the exported model's router inputs."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    chosen: list[Tensor] = []
+    for layer in model.model.layers:
+
+        def count(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            weight = module.gate.weight
+            top = (inputs[0].flatten(0, -2) @ weight.t()).topk(2, dim=-1).indices
+            chosen.append((top >= 8).sum(-1))
+
+        layer.mlp.register_forward_pre_hook(count)
+    logits, zeros = [], []
+    with torch.no_grad():
+        for row in rows:
+            chosen.clear()
+            logits.append(model(torch.tensor([row])).logits[0].double())
+            zeros.append(torch.stack(chosen))
+    return logits, zeros
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_law_6_the_reported_skip_rate_is_the_exported_models(root: Path, recompute: bool) -> None:
+    config = make_config(root, f"law6-{recompute}")
+    config.train.train_iters, config.train.micro_batch_size = 1, 2
+    if recompute:
+        config.model.recompute_granularity, config.model.recompute_method = "full", "uniform"
+        config.model.recompute_num_layers = 1
+    assert train(config) == 0
+
+    # The rate of step 1 is that of the weights before it, on every token that is not padding.
+    samples = samples_of(config, config.dataset.train)
+    order = BatchOrder(len(samples), seed=config.dataset.seed)
+    rows = [samples[order[i]].tokens[:-1].tolist() for i in range(8)]
+    _, zeros = zero_selections(root / "student_hf", rows)
+    chosen = torch.cat(zeros, dim=1).double()
+    expected = (chosen.sum(1) / (2 * chosen.shape[1])).tolist()
+    assert metrics(config)[0]["skip_rate_per_layer"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_held_out_numbers_equal_transformers(root: Path, whole: Config) -> None:
+    config = make_config(root, "held-out")
+    shutil.copytree(whole.run_dir, config.run_dir)
+    last = metrics(config)[-1]["validation"]
+    samples = samples_of(config, config.dataset.validation)
+    rows = [sample.tokens[:-1].tolist() for sample in samples]
+    student, zeros = zero_selections(whole.run_dir / "hf", rows)
+    teacher, _ = zero_selections(root / "teacher_hf", rows)
+    ce, kl, skipped = [], [], []
+    for sample, logits_s, logits_t, chosen in zip(samples, student, teacher, zeros, strict=True):
+        predicts = torch.from_numpy(sample.is_response[1:])
+        log_s, log_t = torch.log_softmax(logits_s[predicts], -1), torch.log_softmax(logits_t[predicts], -1)
+        labels = torch.from_numpy(sample.tokens[1:])[predicts].long()
+        ce.append(-log_s.gather(1, labels[:, None])[:, 0])
+        kl.append((log_t.exp() * (log_t - log_s)).sum(-1))
+        skipped.append(chosen[:, predicts].double() / 2)
+    assert last["tokens"] == sum(map(len, ce))
+    assert last["ce"] == pytest.approx(torch.cat(ce).mean().item(), rel=1e-5)
+    assert last["kl_forward"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-4, abs=1e-7)
+    assert last["skip_rate_per_layer"] == pytest.approx(torch.cat(skipped, dim=1).mean(1).tolist(), abs=1e-12)
+
+
+def test_evaluation_leaves_training_alone(root: Path, whole: Config) -> None:
+    config = make_config(root, "no-evaluation")
+    config.dataset.validation, config.teacher.checkpoint = [], None
+    assert train(config) == 0
+    keep = [key for key in KEYS if key not in ("kl_forward", "tokens_per_second")]
+    assert [{k: line[k] for k in keep} for line in metrics(config)] == [
+        {k: line[k] for k in keep} for line in metrics(whole)
+    ]
+
+
+# ---- law 8: the teacher ----------------------------------------------------------------------------------------------
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_law_8_the_teacher_is_never_written(root: Path) -> None:
+    before = digest(root / "teacher"), digest(root / "student")
+    config = make_config(root, "law8")
+    config.train.train_iters = 1
+    train(config)
+    assert (digest(root / "teacher"), digest(root / "student")) == before
+
+
+def test_law_8_the_gate_refuses_a_student_of_another_teacher(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_zeda.conversion import hf_to_megatron
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(root / "teacher_hf", root / "other_hf")
+    file = root / "other_hf" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("layers.1.mlp.gate.weight"))
+    weights[name][0] += 0.5
+    save_file(weights, file, metadata={"format": "pt"})
+    hf_to_megatron(root / "other_hf", root / "other")
+
+    config = make_config(root, "gate")
+    config.teacher.checkpoint = str(root / "other")
+    with pytest.raises(ZedaError, match="with its zero experts masked the student is not the teacher: mean KL"):
+        train(config)
+    assert not list(config.run_dir.glob("checkpoints/iter_*"))
+    config.teacher.checkpoint = str(root / "teacher")
+    config.train.train_iters = 1
+    train(config)
+    assert "parity gate passed" in capsys.readouterr().out
+
+
+def test_teachers_that_cannot_be(root: Path, tmp_path: Path) -> None:
+    config = make_config(root, "wrong-teacher")
+    config.teacher.checkpoint = str(root / "student")
+    with pytest.raises(InputError, match="the teacher has zero experts"):
+        train(config)
+    shutil.copytree(root / "teacher", tmp_path / "small")
+    shape = json.loads((tmp_path / "small" / "hf" / "config.json").read_text())
+    (tmp_path / "small" / "hf" / "config.json").write_text(json.dumps(shape | {"vocab_size": 64}))
+    config.teacher.checkpoint = str(tmp_path / "small")
+    with pytest.raises(InputError, match="do not belong together: vocab_size"):
+        train(config)
+
+
+def test_without_a_teacher_the_run_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(root, "alone")
+    config.teacher.checkpoint, config.train.train_iters = None, 1
+    assert train(config) == 0
+    assert "teacher: none (teacher.checkpoint is null): no parity gate" in capsys.readouterr().out
+    assert metrics(config)[0]["kl_forward"] is None
+
+
+# ---- trouble ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_zeda.training import step
+
+    real, calls = step._masked_loss, iter(range(100))
+
+    def sometimes_nan(*args: Any) -> Any:
+        loss, tokens, logged = real(*args)
+        return (loss * float("nan") if next(calls) == 2 else loss), tokens, logged  # first micro-batch of step 2
+
+    monkeypatch.setattr(step, "_masked_loss", sometimes_nan)
+    config = make_config(root, "nan")
+    config.train.train_iters = 4
+    assert train(config) == 0
+    lines = metrics(config)
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
+    assert lines[1]["grad_norm"] is None and lines[3]["grad_norm"] is not None
+    assert lines[2]["lr"] == lines[1]["lr"]  # the schedule waited too
+
+
+def test_a_run_that_stays_infinite_ends(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_zeda.training import step
+
+    monkeypatch.setattr(
+        step,
+        "_masked_loss",
+        lambda mask, weight, loss: (loss.sum() * torch.inf, mask.sum().int(), loss.sum() * torch.inf),
+    )
+    config = make_config(root, "infinite")
+    config.train.train_iters = 50
+    with pytest.raises(ZedaError, match="step 10: 10 steps in a row without a finite loss"):
+        train(config)
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import dist_checkpointing
+
+    def full(state: Any, folder: str, **_: Any) -> None:
+        (Path(folder) / "__0_0.distcp").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = make_config(root, "full-disk")
+    config.checkpoint.save_interval = 3
+    shutil.copytree(whole.run_dir, config.run_dir)
+    shutil.rmtree(config.save_dir / "iter_0000006")
+    (config.save_dir / "latest_checkpointed_iteration.txt").write_text("3")
+    monkeypatch.setattr(dist_checkpointing, "save", full)
+    with pytest.raises(ZedaError, match="the disk is full"):
+        train(config)
+    assert sorted(path.name for path in config.save_dir.glob("*iter*")) == [
+        "iter_0000003",
+        "latest_checkpointed_iteration.txt",
+    ]
+    assert (config.save_dir / "latest_checkpointed_iteration.txt").read_text() == "3"
+    assert not list(config.save_dir.glob(".*"))
+
+
+def test_only_the_last_checkpoints_are_kept(root: Path) -> None:
+    config = make_config(root, "keep")
+    config.checkpoint.save_interval, config.checkpoint.keep_last = 1, 2
+    config.train.train_iters = 4
+    train(config)
+    assert [path.name for path in sorted(config.save_dir.glob("iter_*"))] == ["iter_0000003", "iter_0000004"]
+
+
+def test_bad_checkpoints(root: Path, whole: Config, tmp_path: Path) -> None:
+    config = make_config(root, "bad-checkpoint")
+    config.checkpoint.load = str(tmp_path)
+    with pytest.raises(InputError, match="checkpoint.load: no latest_checkpointed_iteration.txt"):
+        train(config)
+    config.checkpoint.load = None
+
+    config.model.checkpoint = str(root / "teacher")
+    with pytest.raises(InputError, match="a static model without zero experts"):
+        train(config)
+
+    shutil.copytree(root / "student", tmp_path / "truncated")
+    [file, *_] = (tmp_path / "truncated" / "iter_0000000").glob("*.distcp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    config.model.checkpoint = str(tmp_path / "truncated")
+    with pytest.raises(ZedaError, match="truncated"):
+        train(config)
+
+    shutil.copytree(root / "student", tmp_path / "wide")
+    shape = json.loads((tmp_path / "wide" / "hf" / "config.json").read_text())
+    (tmp_path / "wide" / "hf" / "config.json").write_text(json.dumps(shape | {"moe_intermediate_size": 24}))
+    config.model.checkpoint, config.teacher.checkpoint = str(tmp_path / "wide"), None
+    with pytest.raises(ZedaError, match="the checkpoint cannot be loaded into this model"):
+        train(config)
+
+
+class Malicious:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def test_a_malicious_pickle_is_not_loaded(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "student", tmp_path / "evil")
+    (tmp_path / "evil" / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "mark")))
+    config = make_config(root, "evil")
+    config.model.checkpoint = str(tmp_path / "evil")
+    with pytest.raises(ZedaError):
+        train(config)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_training_goes_on_in_another_folder(root: Path, whole: Config) -> None:
+    config = make_config(root, "longer")
+    config.checkpoint.load = str(whole.save_dir)
+    config.train.train_iters = 8
+    assert train(config) == 0
+    assert [line["step"] for line in metrics(config)] == [7, 8]
+    assert dataclasses.asdict(config)["checkpoint"]["load"] == str(whole.save_dir)
