@@ -14,7 +14,7 @@ Keys of the result (those of a measurement that was not asked for are absent):
     expert_flops_saved          1 - real rows / (T K) over prompt and response tokens and all layers; K of config.json
     theoretical_speedup         static over dynamic FLOPs at the mean lengths of the rollouts (prefill, decode, total)
     perplexity                  of the held-out text; perplexity_tokens
-    inputs                      the files that were read and how much of them; teacher
+    inputs                      the files that were read, how much of them, who made the rollouts; teacher
     seconds                     per measurement
     versions                    of the libraries
 """
@@ -38,7 +38,7 @@ from megatron_zeda.evaluation.accuracy import measure_accuracy, outcomes_of
 from megatron_zeda.evaluation.flops import LayerShape, expert_flops_saved, theoretical_speedup
 from megatron_zeda.evaluation.scoring import check_ids, read_texts, score_rollouts, score_text
 from megatron_zeda.rollout.decode import Sampling
-from megatron_zeda.rollout.files import Prompt, read_prompts, read_rollouts
+from megatron_zeda.rollout.files import Prompt, Rollout, read_prompts, read_rollouts
 from megatron_zeda.rollout.hf_folder import read_config, weights_version
 from megatron_zeda.rollout.transformers_engine import TransformersEngine
 
@@ -134,7 +134,7 @@ def evaluate(inputs: EvaluationInputs, *, device: torch.device | None = None) ->
                 where=inputs.text,
             )
         result |= {"perplexity": found.perplexity, "perplexity_tokens": found.tokens}
-    result["inputs"] = _record_inputs(inputs, len(prompts), len(rollouts))
+    result["inputs"] = _record_inputs(inputs, prompts, rollouts)
     return result | {"seconds": seconds, "versions": _versions()}
 
 
@@ -254,18 +254,25 @@ def _describe(engine: TransformersEngine) -> dict[str, Any]:
     }
 
 
-def _record_inputs(inputs: EvaluationInputs, num_prompts: int, num_rollouts: int) -> dict[str, Any]:
+def _record_inputs(inputs: EvaluationInputs, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> dict[str, Any]:
     record: dict[str, Any] = {}
-    for name, count in (("prompts", num_prompts), ("rollouts", num_rollouts)):
-        path = getattr(inputs, name)
-        if path is not None:
-            record[name] = {"path": str(path), "count": count}
+    if inputs.prompts is not None:
+        record["prompts"] = {
+            "path": str(inputs.prompts),
+            "count": len(prompts),
+            "max_new_tokens": inputs.max_new_tokens,
+            "normaliser": inputs.normaliser,
+        }
+    if inputs.rollouts is not None:
+        record["rollouts"] = {
+            "path": str(inputs.rollouts),
+            "count": len(rollouts),
+            "weights_versions": sorted({rollout.weights_version for rollout in rollouts}),
+        }
     for name in ("text", "teacher"):
         path = getattr(inputs, name)
         if path is not None:
             record[name] = str(path)
-    if inputs.prompts is not None:
-        record |= {"max_new_tokens": inputs.max_new_tokens, "normaliser": inputs.normaliser}
     return record
 
 

@@ -104,16 +104,16 @@ def score_rollouts(
         total_kl = torch.zeros((), dtype=torch.float64, device=device)
         for batch in _batches(rollouts, batch_size):
             ids, is_real, is_response = _pad(batch, device)
-            hidden = _hidden_states(model, ids, is_real)[is_response]
+            hidden = _hidden_states(model, ids)[is_response]
             counts = recorder.zero_slots(ids)
             for part, mask in enumerate((is_real & ~is_response, is_response)):
                 zero_slots[part] += (counts * mask).sum((1, 2))
                 positions[part] += mask.sum()
             if teacher is not None:
-                total_kl += _kl_sum(teacher, _hidden_states(teacher, ids, is_real)[is_response], model, hidden)
+                total_kl += _kl_sum(teacher, _hidden_states(teacher, ids)[is_response], model, hidden)
     prompt_tokens, response_tokens = positions.tolist()
     slots = recorder.topk * positions.clamp(min=1)
-    per_layer = (zero_slots / slots[:, None]).tolist()
+    per_layer = (zero_slots.double() / slots[:, None]).tolist()
     kl = None if teacher is None else total_kl.item() / response_tokens
     if kl is not None and not math.isfinite(kl):
         raise ZedaError(
@@ -154,9 +154,12 @@ def _pad(batch: Sequence[Rollout], device: torch.device) -> tuple[Tensor, Tensor
     return ids.to(device), is_real.to(device), is_response.to(device)
 
 
-def _hidden_states(model: Any, ids: Tensor, is_real: Tensor) -> Tensor:
-    """Return the decoder's output ``[B, S, D]``, what the head makes logits of."""
-    return model.model(input_ids=ids, attention_mask=is_real.long(), use_cache=False).last_hidden_state
+def _hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """Return the decoder's output ``[B, S, D]``, what the head makes logits of.
+
+    Attention is causal and the padding is on the right, so no real position sees any: a mask would only cost time.
+    """
+    return model.model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _log_probs(model: Any, hidden: Tensor) -> Tensor:
@@ -232,7 +235,7 @@ def score_text(
             is_real[row, : len(sequence)] = True
         ids, is_real = ids.to(model.device), is_real.to(model.device)
         predicted = is_real[:, 1:]
-        hidden = _hidden_states(model, ids[:, :-1], is_real[:, :-1])[predicted]
+        hidden = _hidden_states(model, ids[:, :-1])[predicted]
         targets = ids[:, 1:][predicted]
         chunk = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
         for given, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):

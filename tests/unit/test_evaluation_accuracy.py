@@ -76,6 +76,16 @@ def test_paired_difference_published_example() -> None:
     assert (found.only_first, found.only_second, found.count) == (12, 2, 50)
 
 
+def test_paired_difference_worked_by_hand_with_positive_correlation() -> None:
+    """25/40 and 23/40 right, 20 both, 12 neither: the correlation's numerator 20*12 - 5*3 is lowered by 40/2."""
+    phi = 205 / math.sqrt(25 * 15 * 23 * 17)
+    (low_1, high_1), (low_2, high_2) = wilson_interval(25, 40), wilson_interval(23, 40)
+    down = ((0.625 - low_1) ** 2 - 2 * phi * (0.625 - low_1) * (high_2 - 0.575) + (high_2 - 0.575) ** 2) ** 0.5
+    up = ((high_1 - 0.625) ** 2 - 2 * phi * (high_1 - 0.625) * (0.575 - low_2) + (0.575 - low_2) ** 2) ** 0.5
+    found = paired_difference(*outcomes(20, 5, 3, 12))
+    assert found.interval == pytest.approx((0.05 - down, 0.05 + up), rel=1e-12)
+
+
 def test_paired_difference_covers_the_truth_as_often_as_it_says() -> None:
     rng = random.Random(0)
     covered, trials, count = 0, 1500, 120

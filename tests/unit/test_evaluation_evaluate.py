@@ -55,6 +55,7 @@ def test_the_teacher_against_itself(files: dict[str, Path], tiny_static: Path) -
     }
     assert found["kl_to_teacher"] == 0.0
     assert found["skip_rate"] == found["expert_flops_saved"] == 0.0
+    assert found["inputs"]["rollouts"]["weights_versions"] == [weights_version(tiny_static)]
     assert found["perplexity_tokens"] == 225 - 3  # windows of 96 tokens, whose first token is not predicted
     assert found["model"] == {
         "path": str(tiny_static),

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import make_hf
 from safetensors.torch import load_file, save_file
 from tiny_hf import save_dynamic
 
+from megatron_zeda.conversion import inject_zero_experts
 from megatron_zeda.errors import InputError
 from megatron_zeda.rollout.files import Prompt
 from megatron_zeda.rollout.hf_folder import load_model, read_config, resolve_dtype, weights_version
@@ -204,3 +206,14 @@ def test_the_dial_of_a_dynamic_folder_is_used(tmp_path: Path, tiny_static: Path)
     with torch.no_grad():
         wanted, found = (load_model(f, device=CPU)(ids).logits for f in (tiny_static, off))
     assert torch.allclose(wanted, found, atol=1e-5)
+
+
+def test_both_layouts_of_experts_on_disk_are_the_same_model(tmp_path: Path) -> None:
+    parameters = []
+    for fused in (False, True):
+        static = make_hf(tmp_path / f"static {fused}", fused=fused)
+        inject_zero_experts(static, tmp_path / f"dynamic {fused}")
+        parameters.append(dict(load_model(tmp_path / f"dynamic {fused}", device=CPU).named_parameters()))
+    assert parameters[0].keys() == parameters[1].keys()
+    for name, parameter in parameters[0].items():
+        assert torch.equal(parameter, parameters[1][name]), name
