@@ -191,8 +191,6 @@ def test_the_file_stands_alone(dynamic: Path) -> None:
     assert (dynamic / source.name).read_bytes() == source.read_bytes()
     tree = ast.walk(ast.parse(source.read_text()))
     imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
-        node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
-    ]
     names = {getattr(node, "module", None) or node.names[0].name for node in imports}
     assert {name.split(".")[0] for name in names} == {"typing", "torch", "transformers"}
     assert json.loads((dynamic / "config.json").read_text())["zeda_zero_logit_bias"] == 0.0
