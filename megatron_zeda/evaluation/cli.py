@@ -10,8 +10,6 @@ from typing import Any
 from megatron_zeda.errors import InputError
 from megatron_zeda.rollout.cli import add_model_arguments, quiet_transformers
 
-DESCRIPTION = "Measure an exported model: accuracy, KL to its teacher, skip rate, perplexity."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``zeda eval``."""

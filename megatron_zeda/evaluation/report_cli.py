@@ -6,8 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-DESCRIPTION = "Write report.json, report.md and pictures from what a run folder holds."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``zeda report``."""

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from megatron_zeda.rollout.decode import Sampling
 
-DESCRIPTION = "Write a model's responses to a prompt file, with token ids and log-probabilities. A stopped run goes on."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``zeda rollout``."""
