@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_zeda import platform
 from megatron_zeda.config import Config
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.conversion import megatron_io
@@ -243,9 +244,10 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
             shutil.rmtree(doomed)
 
 
-def _layout(config: Config) -> dict[str, int]:
+def _layout(config: Config) -> dict[str, Any]:
+    """What a rank's random states belong to."""
     sizes = {key: value for key, value in asdict(config.model).items() if key.endswith("_parallel_size") and value}
-    return {**sizes, "world_size": torch.distributed.get_world_size()}
+    return {**sizes, "world_size": torch.distributed.get_world_size(), "device": platform.device().type}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -293,28 +295,39 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
             inner.state[parameter]["step"] = step.clone()
 
 
-def resume(folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
+def resume(config: Config, folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
     """Load the latest checkpoint of a run; a collective call.
 
     Returns:
-        The progress, and whether the random states were restored (only when the number of processes is the same).
+        The progress, and whether the random states were restored (at the same layout only).
+
+    Raises:
+        InputError: the checkpoint was not written by a run.
+        ZedaError: it does not fit this model, or its pickles hold anything but data.
     """
     from megatron.core import dist_checkpointing
 
     iteration_dir = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder))
     megatron_io.check_pickles(iteration_dir)
-    saved = json.loads((iteration_dir / "zeda_manifest.json").read_text(encoding="utf-8"))
-    same_size = saved["layout"]["world_size"] == torch.distributed.get_world_size()
+    saved = megatron_io.read_manifest(iteration_dir)
+    if "layout" not in saved:
+        raise InputError(
+            "this checkpoint holds weights and no training state",
+            where=iteration_dir,
+            rule="a run goes on from a checkpoint that a run has saved",
+            fix="start a run from it with model.checkpoint",
+        )
+    same_layout = saved["layout"] == _layout(config)
     _allocate_adam_states(optimizer)
     with _loading(iteration_dir):
         state = _model_state(chunks)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=dict(_METADATA))
-        if same_size:
+        if same_layout:
             state["rng_state"] = _sharded_rng_state()
         state = dist_checkpointing.load(state, str(iteration_dir), strict="raise_unexpected")
         _load_model_state(chunks, state)
         _load_optimizer(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["opt_param_scheduler"])
-        if same_size:
+        if same_layout:
             _set_rng_state(state["rng_state"])
-    return Progress(**state["zeda_progress"]), same_size
+    return Progress(**state["zeda_progress"]), same_layout

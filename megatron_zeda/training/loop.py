@@ -88,7 +88,7 @@ def _run(config: Config, stop: StopRequest) -> None:
     restored_rng = True
     if resumed_from is not None:
         student.progress, restored_rng = checkpoint.resume(
-            resumed_from, student.chunks, student.optimizer, student.scheduler
+            config, resumed_from, student.chunks, student.optimizer, student.scheduler
         )
     first = torch.distributed.get_rank() == 0
     if first:
@@ -108,7 +108,7 @@ def _run(config: Config, stop: StopRequest) -> None:
         for line in banner.lines(config, facts, data, student.chunks, fixture_states):
             metrics.say(line)
         if resumed_from is not None:
-            note = "" if restored_rng else " (another number of processes: random states start anew)"
+            note = "" if restored_rng else " (at another layout: random states start anew)"
             metrics.say(f"resuming at step {student.progress.iteration} from {resumed_from}{note}")
         elif fixture_states is not None:
             gate = parity_gate(student.chunks, fixture_states, fixture, exact=not config.model.bf16)

@@ -247,6 +247,26 @@ def test_without_a_teacher_the_run_says_so(root: Path, capsys: pytest.CaptureFix
     assert metrics(config)[0]["kl_forward"] is None
 
 
+# ---- the objective ---------------------------------------------------------------------------------------------------
+
+
+def test_alpha_means_the_same_whatever_the_share_of_response_tokens(root: Path) -> None:
+    norms = []
+    for share in ("many", "few"):
+        lines = []
+        for sample in samples_of(make_config(root, share), [str(root / "train.jsonl")]):
+            tokens = sample.tokens.tolist()
+            cut = 1 if share == "many" else len(tokens) - 1  # same sequences, another part of them is response
+            lines.append(json.dumps({"prompt_ids": tokens[:cut], "response_ids": tokens[cut:]}))
+        (root / f"{share}.jsonl").write_text("\n".join(lines))
+        config = make_config(root, f"alpha-{share}")
+        config.dataset.train = [str(root / f"{share}.jsonl")]
+        config.train.train_iters, config.distillation.cross_entropy = 1, 0.0  # the balancing loss alone
+        train(config)
+        norms.append(metrics(config)[0]["grad_norm"])
+    assert norms[0] > 1e-3 and norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +338,9 @@ def test_bad_checkpoints(root: Path, whole: Config, tmp_path: Path) -> None:
     config = make_config(root, "bad-checkpoint")
     config.checkpoint.load = str(tmp_path)
     with pytest.raises(InputError, match="checkpoint.load: no latest_checkpointed_iteration.txt"):
+        train(config)
+    config.checkpoint.load = str(root / "student")
+    with pytest.raises(InputError, match="weights and no training state"):
         train(config)
     config.checkpoint.load = None
 
