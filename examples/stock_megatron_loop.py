@@ -3,7 +3,7 @@
     python examples/stock_megatron_loop.py                                 # one process, GPU or CPU
     torchrun --nproc-per-node 2 examples/stock_megatron_loop.py            # two expert-parallel ranks
 
-Three things differ from a loop without zero experts; each is marked with ZEDA. The model is tiny and the text is random.
+What differs from a loop without zero experts is marked with ZEDA. The model is tiny and its text is random.
 """
 
 import os
@@ -40,8 +40,9 @@ def main():
 
     config = zero_experts.ZeroExpertTransformerConfig(  # ZEDA: the configuration and the layer spec
         **{
-            "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "moe_ffn_hidden_size": 32, "ffn_hidden_size": 32,
-            "num_moe_experts": 8, "num_zero_experts": 4, "moe_router_topk": 4, "expert_model_parallel_size": world_size,
+            "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 32,
+            "num_moe_experts": 8, "num_zero_experts": 4, "moe_router_topk": 4, "moe_ffn_hidden_size": 32,
+            "expert_model_parallel_size": world_size,
             "moe_token_dispatcher_type": "alltoall", "moe_router_load_balancing_type": "none", "add_bias_linear": False,
             "gated_linear_unit": True, "activation_func": torch.nn.functional.silu, "normalization": "RMSNorm",
             "hidden_dropout": 0.0, "attention_dropout": 0.0, "calculate_per_token_loss": True,
@@ -55,8 +56,9 @@ def main():
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=3e-3, weight_decay=0.0), [model])
 
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    shape = (MICRO_BATCH, SEQ + 1)
     for step in range(1, STEPS + 1):
-        batches = [torch.randint(8, (MICRO_BATCH, SEQ + 1), generator=generator).to(device) for _ in range(MICRO_BATCHES)]
+        batches = [torch.randint(8, shape, generator=generator).to(device) for _ in range(MICRO_BATCHES)]
         # ZEDA: how many tokens carry loss, per micro-step and over all data-parallel ranks (here: all of them)
         zero_experts.set_loss_tokens(MICRO_BATCH * SEQ * parallel_state.get_data_parallel_world_size())
         model.zero_grad_buffer()
@@ -68,7 +70,8 @@ def main():
         optimizer.step()
         statistics = zero_experts.router_statistics([model])
         if torch.distributed.get_rank() == 0 and step % 5 == 0:
-            print(f"step {step}: loss {torch.stack(losses).mean():.3f}, skip rate {statistics.skip_rate:.3f}", flush=True)
+            loss = torch.stack(losses).mean()
+            print(f"step {step}: loss {loss:.3f}, skip rate {statistics.skip_rate:.3f}", flush=True)
     torch.distributed.destroy_process_group()
 
 

@@ -1,7 +1,7 @@
 """The two errors a user of this project ever sees.
 
-Every message names the place, the value, the rule and the fix, on one line, so that it can be acted on without reading a
-traceback. Programming errors keep their own exception types and their traceback.
+Every message names the place, the value, the rule and the fix, on one line, so that it can be acted on without reading
+a traceback. Programming errors keep their own exception types and their traceback.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Megatron-Core names CUDA in many places where any device would do: ``device="cuda"`` in tensor factories, the current
 device and streams, the random number generator of a GPU, type names such as ``torch.cuda.FloatTensor`` in optimizers.
-:func:`install` gives those names a CPU meaning. Nothing here changes arithmetic; it is what lets every parallel layout be
-tested on any machine. It must never run where a GPU is present, and :func:`megatron_zeda.platform.install` sees to that.
+:func:`install` gives those names a CPU meaning. Nothing here changes arithmetic; it is what lets every parallel layout
+be tested on any machine. It must never run where a GPU is present, and :func:`megatron_zeda.platform.install` sees to
+that.
 """
 
 from __future__ import annotations

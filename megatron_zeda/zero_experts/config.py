@@ -180,8 +180,8 @@ class _ZeroExpertSettings:
     """alpha of the group balancing loss; 0 turns it off."""
 
     zero_expert_logit_bias: float = 0.0
-    """The dial: added to the zero logits before the softmax (softmax routers) or to the zero entries of the selection bias
-    (sigmoid routers). ``-inf`` masks the zero experts: the model is then its teacher."""
+    """The dial: added to the zero logits before the softmax (softmax routers) or to the zero entries of the selection
+    bias (sigmoid routers). ``-inf`` masks the zero experts: the model is then its teacher."""
 
     def _refuse_unsupported(self) -> None:
         problems = unsupported_settings(self)

@@ -37,12 +37,13 @@ def group_balancing_loss(
     .. math::
         L = \\alpha \\frac{E + wZ}{K} \\left( \\frac{f_E P_E}{E} + \\frac{f_Z P_Z}{wZ} \\right)
 
-    ``f`` is the number of selections per token that fell into a group (``f_E + f_Z = K``) and carries no gradient; ``P`` is
-    the router's mean probability of a group. The routing among the real experts is left alone.
+    ``f`` is the number of selections per token that fell into a group (``f_E + f_Z = K``) and carries no gradient;
+    ``P`` is the router's mean probability of a group. The routing among the real experts is left alone.
 
-    Over a group of ranks, pass the group's ``token_counts`` and ``num_tokens``: ``f`` is then the group's, and ``P`` is this
-    rank's part of the group's mean (its own sum over the *group's* token count). The values of the ranks add up to
-    the loss of the whole group, exactly, however unevenly the tokens are spread. A product of two local means would not.
+    Over a group of ranks, pass the group's ``token_counts`` and ``num_tokens``: ``f`` is then the group's, and ``P``
+    is this rank's part of the group's mean (its own sum over the *group's* token count). The values of the ranks add
+    up to the loss of the whole group, exactly, however unevenly the tokens are spread. A product of two local means
+    would not.
 
     Args:
         probs: ``[T, G]`` full score distribution (rows sum to 1); rows of padding tokens are zero.

@@ -18,8 +18,9 @@ def default_num_zero_experts(num_experts: int) -> int:
 def draw_zero_rows(gate_weight: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
     """Draw the router rows of the zero experts of one layer.
 
-    Every hidden column gets its own Gaussian, with the mean and the (unbiased) standard deviation of that column over the
-    old rows. The draw depends on ``seed`` and ``name`` alone: not on the order of layers, the device or the number of ranks.
+    Every hidden column gets its own Gaussian, with the mean and the (unbiased) standard deviation of that column over
+    the old rows. The draw depends on ``seed`` and ``name`` alone: not on the order of layers, the device or the number
+    of ranks.
 
     Args:
         gate_weight: ``[E, H]`` router weight of the static model, any floating dtype.

@@ -18,8 +18,8 @@ from megatron_zeda.zero_experts.dispatcher import ZeroExpertAlltoAllTokenDispatc
 class ZeroExpertMoELayer(MoELayer):
     """``MoELayer`` that keeps E experts while its router has E + Z columns.
 
-    The zero columns end between router and dispatcher: a selection of a zero expert adds nothing to the output, so it is
-    not dispatched, and a token whose K selections are all zero experts costs no expert any row.
+    The zero columns end between router and dispatcher: a selection of a zero expert adds nothing to the output, so it
+    is not dispatched, and a token whose K selections are all zero experts costs no expert any row.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class ZeroExpertMoELayer(MoELayer):
         Args:
             hidden_states: ``[S, B, H]``, this rank's part of the sequence.
             intermediate_tensors: upstream's, for partial CUDA graphs.
-            padding_mask: ``[B, S]`` or, with sequence parallelism, the whole ``[B, S * TP]``; True for padding. ``GPTModel``
-                scatters it on the first pipeline stage only.
+            padding_mask: ``[B, S]`` or, with sequence parallelism, the whole ``[B, S * TP]``, which ``GPTModel`` scatters
+                on the first pipeline stage only; True for padding.
         """
         if padding_mask is not None:
             padding_mask = self._local_padding_mask(padding_mask, hidden_states.shape[0])

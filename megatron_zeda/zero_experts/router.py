@@ -24,14 +24,14 @@ _loss_tokens: torch.Tensor | float | None = None
 def set_loss_tokens(num_tokens_per_micro_step: torch.Tensor | float | None) -> None:
     """Tell the routers how many tokens carry loss, so that alpha means the same whatever the prompt/response ratio.
 
-    Needed with ``calculate_per_token_loss=True`` only. There ``finalize_model_grads`` divides every gradient by the number
-    of tokens the loss function counted; the balancing loss must be multiplied by that number first, and it is not the
-    number of tokens the router sees when prompts carry no loss. The value is constant during a step, so that a
+    Needed with ``calculate_per_token_loss=True`` only. There ``finalize_model_grads`` divides every gradient by the
+    number of tokens the loss function counted; the balancing loss must be multiplied by that number first, and it is
+    not the number of tokens the router sees when prompts carry no loss. The value is constant during a step, so that a
     recomputed forward pass (which may run while another micro-batch is in flight) uses the same one.
 
     Args:
-        num_tokens_per_micro_step: loss tokens of the global batch divided by the number of micro-batches, the same on every
-            rank; None forgets it.
+        num_tokens_per_micro_step: loss tokens of the global batch divided by the number of micro-batches, the same on
+            every rank; None forgets it.
     """
     global _loss_tokens
     _loss_tokens = num_tokens_per_micro_step
@@ -107,7 +107,7 @@ class ZeroExpertRouter(TopKRouter):
         routing_map_TG: torch.Tensor,
         padding_T: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attach the group balancing loss to the weights (its gradient joins in the backward pass) and count selections."""
+        """Count selections, and attach the group balancing loss: its gradient joins in the backward pass."""
         with torch.no_grad():
             valid_map_TG = routing_map_TG if padding_T is None else routing_map_TG & ~padding_T[:, None]
             num_valid = valid_map_TG.new_full((), valid_map_TG.shape[0], dtype=torch.int64)
@@ -152,20 +152,21 @@ class ZeroExpertRouter(TopKRouter):
         """What makes the gradients of all ranks and micro-batches add up to the mean of the micro-batches' losses.
 
         Each rank holds its part of the group's loss. With per-token loss Megatron sums gradients over ranks and
-        micro-batches and divides by the number of loss tokens; otherwise it divides by the number of micro-batches, sums over
-        the tensor- and context-parallel ranks and averages over the data-parallel ones.
+        micro-batches and divides by the number of loss tokens; otherwise it divides by the number of micro-batches,
+        sums over the tensor- and context-parallel ranks and averages over the data-parallel ones.
         """
         if not self.config.calculate_per_token_loss:
             return self.tp_dp_cp_group.size() / self.tp_cp_group.size()
         if _loss_tokens is None:
             raise RuntimeError(
-                "calculate_per_token_loss=True: call megatron_zeda.zero_experts.set_loss_tokens(loss tokens of the global "
-                "batch / number of micro-batches) before each step, or the balancing loss would be scaled by the prompts' length"
+                "calculate_per_token_loss=True: before each step call megatron_zeda.zero_experts.set_loss_tokens("
+                "loss tokens of the global batch / number of micro-batches), or the length of the prompts would scale "
+                "the balancing loss"
             )
         return _loss_tokens
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
-        """Nothing: the bias is frozen. (Upstream counts tokens here and mixes up ``[T, E]`` and ``[T]`` under padding.)"""
+        """Nothing: the bias is frozen. (Upstream counts here, and mixes up ``[T, E]`` and ``[T]`` under padding.)"""
 
 
 def _sqrt_softplus(logits: torch.Tensor) -> torch.Tensor:
@@ -180,7 +181,7 @@ def zero_expert_routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> l
 
 @contextmanager
 def masked_zero_experts(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Within the block the zero experts of ``model`` cannot be chosen: it computes what its teacher computes (law 1)."""
+    """Within the block no zero expert of ``model`` can be chosen: it computes what its teacher computes (law 1)."""
     routers = zero_expert_routers(model)
     biases = [router.zero_logit_bias for router in routers]
     for router in routers:

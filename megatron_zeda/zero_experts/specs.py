@@ -19,23 +19,23 @@ from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
 from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
 from megatron_zeda.zero_experts.router import ZeroExpertRouter
 
-# What Transformer Engine's fused modules call the norms that the local spec keeps apart. A checkpoint must not depend on
-# where it was written, and upstream maps the second norm to a dense layer's name.
+# What Transformer Engine's fused modules call the norms that the local spec keeps apart. A checkpoint must not depend
+# on where it was written, and upstream maps the second norm to a dense layer's name.
 _TRANSFORMER_ENGINE_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def get_zero_expert_layer_spec(
     config: ZeroExpertTransformerConfig, use_transformer_engine: bool | None = None
 ) -> ModuleSpec:
-    """The spec of one transformer layer, for ``GPTModel(transformer_layer_spec=...)``, when every layer is an MoE layer.
+    """The layer spec for ``GPTModel(transformer_layer_spec=...)`` of a model whose layers are all MoE layers.
 
     Args:
         config: with ``num_zero_experts = 0`` the layer and its router are the stock classes.
         use_transformer_engine: default: as ``config.transformer_impl`` says.
 
     Returns:
-        A fresh ``ModuleSpec``. Distributed checkpoints of models built from it carry Transformer Engine's names with either
-        implementation.
+        A fresh ``ModuleSpec``. Distributed checkpoints of models built from it carry Transformer Engine's names with
+        either implementation.
 
     Raises:
         ValueError: if ``config`` has no experts, or dense layers in between (use :func:`get_zero_expert_block_spec`).

@@ -55,7 +55,7 @@ class RouterStatistics:
     num_selections: tuple[int, ...]
     """Per layer: tokens (padding left out) times K."""
     balance_loss_per_layer: tuple[float, ...]
-    """Mean over micro-steps, without alpha; 1.0 when both groups sit exactly on their target. NaN without a training pass."""
+    """Mean over micro-steps, without alpha; 1.0 with both groups on their target, NaN without a training pass."""
 
     @property
     def skip_rate_per_layer(self) -> list[float]:
@@ -83,8 +83,8 @@ def router_statistics(
 ) -> RouterStatistics:
     """Read the counts of all routers of a model, summed over tensor-, data-, context- and pipeline-parallel ranks.
 
-    A collective call: every rank must make it. Training passes count once, recomputed or not; evaluation passes count too, so
-    read (and thereby reset) before and after an evaluation.
+    A collective call: every rank must make it. Training passes count once, recomputed or not; evaluation passes count
+    too, so read (and thereby reset) before and after an evaluation.
 
     Args:
         model: the model, or this rank's list of (virtual pipeline) chunks.
@@ -129,7 +129,7 @@ def router_statistics(
 
 
 def _collective_device(device: torch.device, group: Any) -> torch.device:
-    """Where tensors of a collective over ``group`` must live (a pipeline stage without routers has no device to go by)."""
+    """Where tensors of a collective over ``group`` live; a pipeline stage without routers has none to go by."""
     if torch.distributed.get_backend(group) == "nccl":
         return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
     return device

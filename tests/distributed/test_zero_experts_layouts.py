@@ -1,7 +1,7 @@
 """Laws 2 and 3 over gloo: every layout gives the loss, gradients and statistics of one process.
 
-One set of four processes runs all layouts in turn. The reference is a single process with stock Megatron-Core layers whose
-extra experts are all zero where the layout allows it, and the same model in one process otherwise.
+One set of four processes runs all layouts in turn. The reference is a single process with stock Megatron-Core layers
+whose extra experts are all zero where the layout allows it, and the same model in one process otherwise.
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def _forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, A
 
 
 def _train_step(config: Any, model: torch.nn.Module, padded: bool) -> dict[str, Any]:
-    """One forward-backward over the global batch. Afterwards every parameter *is* its gradient (so that it can be saved)."""
+    """One forward-backward over the global batch. Afterwards every parameter *is* its gradient (so that it can be
+    saved).
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -217,8 +219,21 @@ def test_law_3_layout_equals_one_process(name: str, runs: Any, megatron: None) -
         )
 
 
+def _record_sent_rows(layer: Any, sent: list[int]) -> None:
+    """Append the rows that this rank hands to the all-to-all in every later forward pass."""
+    dispatch = layer.token_dispatcher.token_dispatch
+
+    def recording(tokens: torch.Tensor, probs: torch.Tensor) -> Any:
+        sent.append(tokens.shape[0])
+        return dispatch(tokens, probs)
+
+    layer.token_dispatcher.token_dispatch = recording
+
+
 def _law_2_with_expert_parallelism(rank: int, world_size: int) -> dict[str, Any]:
-    """A dynamic layer over EP ranks, and a stock one with E + Z experts, the zero ones interleaved, over the same ranks."""
+    """A dynamic layer over EP ranks, and a stock one with E + Z experts, the zero ones interleaved, over the same
+    ranks.
+    """
     results = {}
     for dispatcher in ("alltoall", "allgather"):
         initialize_megatron(expert_model_parallel_size=world_size)
@@ -249,11 +264,7 @@ def _law_2_with_expert_parallelism(rank: int, world_size: int) -> dict[str, Any]
         sent: list[int] = []
         ours.experts.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0].shape[0]))
         if dispatcher == "alltoall":
-            dispatch = ours.token_dispatcher.token_dispatch
-            ours.token_dispatcher.token_dispatch = lambda tokens, probs: (
-                sent.append(tokens.shape[0]),
-                dispatch(tokens, probs),
-            )[1]
+            _record_sent_rows(ours, sent)
         inputs = [hidden.clone().requires_grad_() for _ in range(2)]
         outputs = [layer(x)[0] for layer, x in zip((ours, stock), inputs, strict=True)]
         for output in outputs:

@@ -136,7 +136,9 @@ def test_no_zero_experts_is_exactly_upstream() -> None:
 
 
 def test_weights_are_not_renormalised_over_real_experts() -> None:
-    """Every expert replaced by the identity: what comes out is the sum of the kept weights, below 1 where a slot is skipped."""
+    """Every expert replaced by the identity: what comes out is the sum of the kept weights, below 1 where a slot is
+    skipped.
+    """
     layer = dynamic_layer(layer_config())
     hidden = tokens()
     with torch.no_grad():
