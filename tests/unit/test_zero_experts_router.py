@@ -84,7 +84,7 @@ def test_balance_gradient_and_statistics_leave_padding_out(variant: dict[str, An
 
 
 def test_padding_does_not_change_other_tokens() -> None:
-    """Upstream mixes up ``[T, E]`` and ``[T]`` when a selection bias meets padding: it raises, or is wrong when T = E."""
+    """Upstream mixes up ``[T, E]`` and ``[T]`` when a selection bias meets padding: it raises, or is wrong at T = E."""
     for seq_length in (12, (E + Z) // 2):
         layer = dynamic_layer(layer_config(**SIGMOID))
         hidden, mask = tokens(seq_length), _padding(seq_length, 2)
@@ -157,7 +157,7 @@ def _balance_gradient(prompt: int, response: int, per_token: bool) -> torch.Tens
 
 
 def test_alpha_means_the_same_whatever_the_prompt_length() -> None:
-    """With the same distribution of tokens, prompts three times as long as responses leave the effective alpha alone."""
+    """The same distribution of tokens, prompts three times as long as responses: the effective alpha stays."""
     expected = _balance_gradient(0, 16, per_token=False)
     assert expected.abs().max() > 1e-4
     for prompt, response in [(0, 16), (48, 16), (16, 48)]:
