@@ -58,12 +58,12 @@ class Recipe:
     max_position_embeddings: int = 128
 
     pretrain_steps: int = 250
-    posttrain_steps: int = 2400
+    posttrain_steps: int = 4500
     text_every: int = 12  # every so many post-training steps see text instead of questions, so that it is not forgotten
     text_rows: int = 24
     text_length: int = 128
     questions_per_step: int = 96
-    fact_share: float = 0.85
+    fact_share: float = 0.68
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     load_balancing: float = 0.01
@@ -222,7 +222,7 @@ class QuestionSource:
             is_target[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
         return Batch(ids, is_target)
 
-    def _draw(self, rng: random.Random, batches: int = 8) -> None:
+    def _draw(self, rng: random.Random, batches: int = 16) -> None:
         """Several batches at once, questions of like length together, so that little is spent on padding."""
         size = self.recipe.questions_per_step
         questions = [

@@ -22,10 +22,9 @@ import tasks
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-TEACHER = HERE / "teacher"
 HELD_OUT_TEXT = HERE / "heldout_text.txt"
 
-NUM_TRAIN_FACTS, NUM_TRAIN_ALGORITHMS = 8000, 1500
+NUM_TRAIN_FACTS, NUM_TRAIN_ALGORITHMS = 5000, 1000
 NUM_HELD_OUT_FACTS, NUM_HELD_OUT_ALGORITHMS = 1000, 200
 NUM_TEXT_OPENINGS, OPENING_CHARACTERS, CONTINUATION_TOKENS = 1500, 40, 16
 LONGEST_ANSWER = 32  # tokens; the longest right answer has 17
@@ -106,7 +105,7 @@ def text_openings() -> list[dict[str, Any]]:
     return openings
 
 
-def run(run_dir: Path, overrides: list[str]) -> None:
+def run(run_dir: Path, teacher: Path, overrides: list[str]) -> None:
     """All phases, in order."""
     driver = Driver(run_dir)
     prompts, rollouts, evaluation = run_dir / "prompts", run_dir / "rollouts", run_dir / "evaluation"
@@ -116,7 +115,7 @@ def run(run_dir: Path, overrides: list[str]) -> None:
 
     def responses(name: str, *flags: str) -> list[str | Path]:
         return zeda(
-            "rollout", "--model", TEACHER, "--prompts", prompts / f"{name}.jsonl",
+            "rollout", "--model", teacher, "--prompts", prompts / f"{name}.jsonl",
             "--output", rollouts / f"{name}.jsonl", *flags,
         )  # fmt: skip
 
@@ -128,28 +127,28 @@ def run(run_dir: Path, overrides: list[str]) -> None:
         responses("text", *sampled),
         responses("heldout", *greedy),
     )
-    driver.phase("injection", tool("inject_zero_experts", "--input", TEACHER, "--output", dynamic))
+    driver.phase("injection", tool("inject_zero_experts", "--input", teacher, "--output", dynamic))
     driver.phase(
         "import",
         tool("hf_to_megatron", "--hf", dynamic, "--megatron", run_dir / "dynamic-megatron"),
-        tool("hf_to_megatron", "--hf", TEACHER, "--megatron", run_dir / "teacher-megatron"),
+        tool("hf_to_megatron", "--hf", teacher, "--megatron", run_dir / "teacher-megatron"),
     )
     driver.phase("stage 1", zeda("train", HERE / "stage1.yaml", *paths_of(run_dir), *overrides))
     driver.phase("export", tool("megatron_to_hf", "--megatron", run_dir / "checkpoints", "--hf", student))
 
     def evaluate(name: str, folder: Path, *flags: str) -> list[str | Path]:
         return zeda(
-            "eval", "--model", folder, "--teacher", TEACHER, "--prompts", prompts / "heldout.jsonl",
+            "eval", "--model", folder, "--teacher", teacher, "--prompts", prompts / "heldout.jsonl",
             "--rollouts", rollouts / "heldout.jsonl", "--text", HELD_OUT_TEXT,
             "--max-new-tokens", str(LONGEST_ANSWER), "--output", evaluation / f"{name}.json", *flags,
         )  # fmt: skip
 
-    half = json.loads((TEACHER / "config.json").read_text())["num_experts_per_tok"] // 2
+    half = json.loads((teacher / "config.json").read_text())["num_experts_per_tok"] // 2
     driver.phase(
         "evaluation",
-        evaluate("teacher", TEACHER),
+        evaluate("teacher", teacher),
         evaluate("student", student),
-        evaluate("control_topk_half", TEACHER, "--num-experts-per-token", str(half)),
+        evaluate("control_topk_half", teacher, "--num-experts-per-token", str(half)),
     )
     driver.phase("report", zeda("report", run_dir))
 
@@ -214,6 +213,7 @@ def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Make a dynamic student of the small teacher and report on both.")
     parser.add_argument("--run-dir", type=Path, default=REPOSITORY / "runs" / "quickstart", help="(%(default)s)")
+    parser.add_argument("--teacher", type=Path, default=HERE / "teacher", help="Hugging Face folder (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing run folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for `zeda train`")
     arguments = parser.parse_args()
@@ -228,7 +228,7 @@ def main() -> int:
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True)
     try:
-        run(run_dir, arguments.overrides)
+        run(run_dir, arguments.teacher.resolve(), arguments.overrides)
     except PhaseFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -175,10 +175,9 @@ def _made_up_facts(seed: int) -> Iterator[Fact]:
     chooser = random.Random(f"{seed}-made-up")
     people = [f"{first} {last}" for first in _FIRST_NAMES.split() for last in _LAST_NAMES.split()]
     for person in sorted(chooser.sample(people, 400)):
-        yield Fact("phone", person, f"{chooser.randrange(1000, 10000)}")
-    parts = [f"{chooser.choice('ABCDEFGHKLMNPRSTUVWXYZ')}{chooser.randrange(100, 1000)}" for _ in range(1000)]
-    for part in sorted(set(parts)):
-        yield Fact("part_price", part, f"{chooser.randrange(10, 1000)}.{chooser.randrange(0, 100):02d}")
+        yield Fact("phone", person, f"{chooser.randrange(100, 1000)}")
+    for part in [f"{letter}{number}" for letter in "ABCDEFGHKLMNPRSTUVWXYZ" for number in range(10, 100)]:
+        yield Fact("part_price", part, f"{chooser.randrange(100, 1000)}")
     for a in range(11, 35):
         for b in range(a, 35):
             yield Fact("product", f"{a}*{b}", str(a * b))
@@ -221,25 +220,27 @@ def trained_phrasings(fact: Fact) -> list[int]:
 
 
 def _add(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randrange(10, 1000), rng.randrange(10, 1000)
-    return rng.choice(("Add {} and {}.", "{}+{}=", "Sum of {} and {}?")).format(a, b), str(a + b)
+    a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+    return rng.choice(("{}+{}=", "Add {} and {}")).format(a, b), str(a + b)
+
+
+def _digits(rng: random.Random) -> str:
+    return "".join(str(rng.randrange(10)) for _ in range(rng.randrange(3, 6)))
 
 
 def _sort(rng: random.Random) -> tuple[str, str]:
-    digits = [rng.randrange(10) for _ in range(rng.randrange(4, 8))]
-    prompt = rng.choice(("Sort {}.", "sorted({})", "Put in order: {}")).format("".join(map(str, digits)))
-    return prompt, "".join(map(str, sorted(digits)))
+    digits = _digits(rng)
+    return rng.choice(("Sort {}", "sorted({})")).format(digits), "".join(sorted(digits))
 
 
 def _reverse(rng: random.Random) -> tuple[str, str]:
-    digits = "".join(str(rng.randrange(10)) for _ in range(rng.randrange(4, 8)))
-    return rng.choice(("Reverse {}.", "reversed({})", "Backwards: {}")).format(digits), digits[::-1]
+    digits = _digits(rng)
+    return rng.choice(("Reverse {}", "reversed({})")).format(digits), digits[::-1]
 
 
 def _largest(rng: random.Random) -> tuple[str, str]:
-    numbers = rng.sample(range(10, 1000), 3)
-    prompt = rng.choice(("Largest of {}, {}, {}?", "max({}, {}, {})", "Which is greatest: {}, {}, {}?"))
-    return prompt.format(*numbers), str(max(numbers))
+    numbers = rng.sample(range(10, 100), 3)
+    return rng.choice(("Largest of {}, {}, {}", "max({}, {}, {})")).format(*numbers), str(max(numbers))
 
 
 _MAKERS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
