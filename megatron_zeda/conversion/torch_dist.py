@@ -135,6 +135,7 @@ class TorchDistReader:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self._chunks: dict[tuple[str, tuple[int, ...] | None], list[ChunkStorageMetadata]] = {}
         self._last: tuple[MetadataIndex, torch.Tensor] | None = None
 
     def dtype(self, key: str) -> torch.dtype:
@@ -150,7 +151,7 @@ class TorchDistReader:
         begin, sizes = row.global_offset, (*(1 for _ in row.index), *row.shape)
         block = torch.empty(sizes, dtype=self.dtype(row.key))
         covered = 0
-        for chunk in self.tensors[row.key].chunks:
+        for chunk in self._chunks_near(row):
             low = [max(a, b) for a, b in zip(begin, chunk.offsets, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(begin, sizes, chunk.offsets, chunk.sizes, strict=True)]
             lengths = [h - o for o, h in zip(low, high, strict=True)]
@@ -164,6 +165,21 @@ class TorchDistReader:
         if covered != row.numel:
             raise InputError(f"{row} is not complete", where=self.folder, value=f"{covered} of {row.numel} values")
         return block.reshape(row.shape)
+
+    def _chunks_near(self, row: WeightRow) -> list[ChunkStorageMetadata]:
+        """Stored pieces that can overlap a block: those of its layer and expert, and those that span several.
+
+        A large model has thousands of pieces per key, so they are sorted once.
+        """
+        axes = len(row.index)
+        if (row.key, None) not in self._chunks:
+            self._chunks[row.key, None] = []
+            for chunk in self.tensors[row.key].chunks:
+                alone = all(size == 1 for size in chunk.sizes[:axes])
+                place = tuple(chunk.offsets[:axes]) if alone else None
+                self._chunks.setdefault((row.key, place), []).append(chunk)
+        spanning = self._chunks[row.key, None]
+        return self._chunks.get((row.key, row.index), []) + spanning
 
     def _chunk(self, index: MetadataIndex, chunk: ChunkStorageMetadata) -> torch.Tensor:
         if self._last is not None and self._last[0] == index:

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf, verify_checkpoint
 from megatron_zeda.conversion.megatron_io import iteration_dir, latest_iteration, read_manifest
-from megatron_zeda.models import load_hf_config
+from megatron_zeda.conversion.torch_dist import TorchDistReader, write_torch_dist
+from megatron_zeda.models import HfPiece, WeightRow, load_hf_config
 
 IDS = torch.arange(3 * 12).reshape(3, 12) * 7 % VOCAB
 
@@ -164,3 +165,15 @@ def test_verify_finds_every_kind_of_difference(tmp_path: Path, static: Path, dyn
     fused = make_hf(tmp_path / "fused", fused=True)
     assert any("only in the first" in line for line in verify_checkpoint(static, fused))
     assert verify_checkpoint(tmp_path / "megatron", fused) == []  # the same weights in another layout
+
+
+def test_a_checkpoint_saved_in_other_pieces_reads_the_same(tmp_path: Path) -> None:
+    """A piece that spans all layers gives the same blocks as one piece per layer."""
+    whole = torch.arange(6 * 4 * 5, dtype=torch.float32).reshape(6, 4, 5)
+    blocks = [WeightRow("x", (HfPiece("x", (4, 5)),), (layer,), (6,)) for layer in range(6)]
+    for name, rows in {"one": [WeightRow("x", (HfPiece("x", (6, 4, 5)),))], "layers": blocks}.items():
+        (tmp_path / name).mkdir()
+        values = dict(zip(map(str, rows), whole.reshape(len(rows), *rows[0].shape), strict=True))
+        write_torch_dist(tmp_path / name, rows, {"x": torch.float32}, lambda row, v=values: v[str(row)], {})
+        reader = TorchDistReader(tmp_path / name)
+        assert all(reader.read(row).equal(whole[layer]) for layer, row in enumerate(blocks))
