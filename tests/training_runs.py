@@ -1,5 +1,6 @@
-"""A tiny Qwen3-MoE teacher, the student injected from it, data, and a configuration: what the training tests start from."""
+"""A tiny Qwen3-MoE teacher, the student injected from it, data, a configuration: what the training tests start from."""
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -22,7 +23,7 @@ def write_rollouts(path: Path, count: int, *, seed: int) -> None:
 
 
 def make_run(root: Path) -> None:
-    """Fill ``root`` with ``teacher_hf``, ``teacher``, ``student_hf``, ``student``, ``train.jsonl``, ``validation.jsonl``."""
+    """Fill ``root`` with ``teacher_hf``, ``teacher``, ``student_hf``, ``student`` and the two jsonl files."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -51,6 +52,9 @@ def make_run(root: Path) -> None:
     hf_to_megatron(root / "student_hf", root / "student")
     write_rollouts(root / "train.jsonl", 40, seed=0)
     write_rollouts(root / "validation.jsonl", 11, seed=1)
+    # Megatron-Core collects garbage at every save; walking all imported modules is most of a tiny run's time.
+    gc.collect()
+    gc.freeze()
 
 
 def make_config(root: Path, name: str) -> Config:

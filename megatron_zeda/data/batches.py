@@ -55,8 +55,8 @@ class GlobalBatch:
 class BatchOrder:
     """The order of samples: every epoch is its own permutation, drawn from ``(seed, epoch)``.
 
-    Position ``p`` of the run is sample ``p % n`` of epoch ``p // n``, so a run resumes from the number of samples it has
-    consumed, and nothing else needs to be saved.
+    Position ``p`` of the run is sample ``p % n`` of epoch ``p // n``, so a run resumes from the number of samples it
+    has consumed, and nothing else needs to be saved.
     """
 
     def __init__(self, num_samples: int, *, seed: int, shuffle: bool = True) -> None:
@@ -88,7 +88,7 @@ class BatchBuilder:
     ) -> None:
         """Args:
         samples: all samples, the same on every rank.
-        micro_batch_size, global_batch_size: sequences; the latter a multiple of the former times the data-parallel size.
+        micro_batch_size, global_batch_size: sequences; a multiple of micro-batch times data-parallel size.
         data_parallel_rank, data_parallel_size: this rank's place.
         length_multiple: padded lengths are multiples of it (what tensor and sequence parallelism need).
         device: where the tensors go.

@@ -37,8 +37,8 @@ def forward_hidden(
     Args:
         chunks: model chunks of this rank, in eval mode.
         batch: what to run.
-        on_last_stage: called with the micro-batch, the final hidden states ``[B, S, H]`` (whole sequence) and the output
-            layer's weight ``[V, H]`` (right for tied embeddings); its results are collected.
+        on_last_stage: called with the micro-batch, the final hidden states ``[B, S, H]`` (whole sequence) and the
+            output layer's weight ``[V, H]`` (right for tied embeddings); its results are collected.
         counted: which positions ``[B, S]`` the routers count, True to leave out; default: all but the padding.
 
     Returns:

@@ -2,8 +2,8 @@
 
 Shapes: N tokens (all leading dimensions flattened), V columns of *this rank's* vocabulary shard, C tokens of one chunk.
 
-Only the logits that were handed in and three [N] vectors live between forward and backward; everything of size [C, V] is
-rebuilt chunk by chunk in two buffers, so a call never holds an fp32 copy of the whole logits.
+Only the logits that were handed in and three [N] vectors live between forward and backward; everything of size [C, V]
+is rebuilt chunk by chunk in two buffers, so a call never holds an fp32 copy of the whole logits.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def vocab_parallel_kl(
         temperature: both logits are divided by it. There is no T^2 factor.
         group: the ranks the vocabulary is split over; ``None`` means that it is not split.
         chunk_size: tokens handled at a time; the default keeps one buffer at about 16 M elements.
-        num_valid: valid columns of *this rank's* shard, from the left; the rest is vocabulary padding and takes no part.
+        num_valid: valid columns of *this rank's* shard, from the left; the rest is vocabulary padding.
             0 is allowed as long as some rank of the group has a valid column.
 
     Returns:

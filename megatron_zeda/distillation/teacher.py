@@ -14,7 +14,7 @@ from megatron_zeda.distillation.forward import Scores, TeacherStates, forward_hi
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.zero_experts import masked_zero_experts, router_statistics
 
-# A wider router GEMM rounds differently, and a near-tie may then choose another expert: this share of tokens may be far off.
+# A wider router GEMM rounds differently, and a near-tie may then choose another expert: so many tokens may be far off.
 _NEAR_TIES = 1e-3
 _FP32_TOLERANCE = 1e-5
 _MEAN_KL = 1e-3
@@ -28,8 +28,8 @@ class FrozenTeacher:
 
     def __init__(self, chunks: Iterable[nn.Module]) -> None:
         """Args:
-        chunks: this rank's model chunks with their weights loaded (``Float16Module`` or plain ``GPTModel``); they are switched
-            to eval mode and their parameters stop requiring gradients.
+        chunks: this rank's model chunks with their weights loaded (``Float16Module`` or plain ``GPTModel``); they are
+            switched to eval mode and their parameters stop requiring gradients.
         """
         self.chunks: list[Any] = list(chunks)
         for chunk in self.chunks:
@@ -71,7 +71,7 @@ def parity_gate(student: list[Any], teacher: TeacherStates, batch: GlobalBatch, 
         teacher: the teacher's states on ``batch``.
         batch: a fixture or held-out batch.
         exact: fp32 models: logits must agree to 1e-5 (relative to the larger of 1 and the token's largest logit) on all
-            tokens but one in a thousand, which near-ties in the router may take. Otherwise the mean KL must be at most 1e-3.
+            tokens but one in a thousand, which near-ties in the router may take. Else the mean KL must be at most 1e-3.
 
     Returns:
         What was measured.

@@ -41,8 +41,8 @@ def lines(
     for name, statistics in data.statistics.items():
         share = statistics.loss_tokens / statistics.tokens
         text.append(
-            f"{name}: {statistics.samples:,} samples, {statistics.tokens:,} tokens ({100 * share:.0f} % response), longest "
-            f"{statistics.longest:,}, {statistics.cut_to_sequence} cut to the sequence, {statistics.stopped_at_limit} "
+            f"{name}: {statistics.samples:,} samples, {statistics.tokens:,} tokens ({100 * share:.0f} % response), "
+            f"longest {statistics.longest:,}, {statistics.cut_to_sequence} cut to the sequence, {statistics.stopped_at_limit} "
             "stopped at a length limit"
         )
     epochs = facts["train_iters"] * config.train.global_batch_size / data.statistics["train"].samples
@@ -63,7 +63,7 @@ def lines(
 def gate_line(scores: Scores) -> str:
     """What the parity gate measured."""
     return (
-        f"parity gate passed: zero experts masked, {scores.tokens} response tokens, mean KL to the teacher {scores.kl:.2g}, "
+        f"parity gate passed: zero experts masked, {scores.tokens} response tokens, mean KL {scores.kl:.2g}, "
         f"largest logit difference {scores.max_difference:.2g}"
     )
 

@@ -6,8 +6,8 @@
     <save>/iter_0000100/                       torch_dist, plus config.yaml and zeda_manifest.json
     <save>/hf/                                 the model's config.json and tokenizer, so that export needs nothing else
 
-A checkpoint is written into a hidden sibling folder and renamed when it is complete. It can be loaded at another layout:
-weights and optimizer states are stored in the shape of the whole model.
+A checkpoint is written into a hidden sibling folder and renamed when it is complete. It can be loaded at another
+layout: weights and optimizer states are stored in the shape of the whole model.
 """
 
 from __future__ import annotations
@@ -258,8 +258,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 # ---- torch's AdamW, where neither Transformer Engine nor apex brings an Adam ----------------------------------------
 #
-# DistributedOptimizer can save it but not load it: it looks for the step count before there is a state, then for a saved
-# tensor of every entry of the state, step counts included, and leaves one step count shared by all parameters.
+# DistributedOptimizer can save it but not load it: it looks for the step count before there is a state, then for a
+# saved tensor of every entry of the state, step counts included, and leaves one step count shared by all parameters.
 
 
 def _torch_adams(optimizer: Any) -> Iterator[tuple[int, Any, torch.optim.AdamW]]:

@@ -203,7 +203,6 @@ def _loop(
     if progress.iteration == 0 and held_out is not None:
         metrics.say(banner.validation_line(0, validation.validate(student.chunks, held_out)))
     skipped_in_a_row = 0
-    router_statistics(student.chunks)  # start counting here
     batches = training_batches(data.train, seed=config.dataset.seed, consumed_samples=progress.consumed_samples)
     while progress.iteration < train_iters:
         started = time.perf_counter()
@@ -258,7 +257,7 @@ def _step_values(
     learning_rate: float,
     tokens_per_second: float,
 ) -> dict[str, Any]:
-    """One line of ``metrics.jsonl``. ``loss`` is the objective; ``balance_loss`` is the mean over layers, without alpha."""
+    """One line of ``metrics.jsonl``. ``loss`` is the objective; ``balance_loss`` a mean over layers, without alpha."""
     balance = config.zero_experts.balance_coeff * sum(statistics.balance_loss_per_layer)
     return {
         "step": progress.iteration,

@@ -46,7 +46,8 @@ def start_processes(config: Config) -> bool:
             platform.backend(),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            store=dist.HashStore() if ranks.world_size == 1 else None,  # one process needs no address
+            # One process needs no address. (Exported, but the stub does not say so.)
+            store=dist.HashStore() if ranks.world_size == 1 else None,  # type: ignore[attr-defined]
             timeout=timedelta(minutes=minutes),
         )
     model = config.model
@@ -193,7 +194,7 @@ def wrap_for_training(config: Config, chunks: list[Any]) -> list[Any]:
     )
     model_config = chunks[0].config
     wrapped = [
-        # Gradients of later chunks are ready first; only the first chunk's buckets are worth splitting (as Megatron-LM).
+        # Gradients of later chunks are ready first; only the first chunk's buckets are worth splitting (Megatron-LM).
         DistributedDataParallel(model_config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]

@@ -11,7 +11,7 @@ from training_runs import make_config, make_run
 pytestmark = pytest.mark.distributed
 
 
-# A micro-step is always four sequences over all data-parallel ranks: the balancing loss is a product of two means over it.
+# A micro-step is four sequences over all data-parallel ranks: the balancing loss is a product of two means over it.
 TP = {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True}
 DP = {"train.micro_batch_size": 2}
 RECOMPUTE = {
