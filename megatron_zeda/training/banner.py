@@ -42,8 +42,8 @@ def lines(
         share = statistics.loss_tokens / statistics.tokens
         text.append(
             f"{name}: {statistics.samples:,} samples, {statistics.tokens:,} tokens ({100 * share:.0f} % response), "
-            f"longest {statistics.longest:,}, {statistics.cut_to_sequence} cut to the sequence, {statistics.stopped_at_limit} "
-            "stopped at a length limit"
+            f"longest {statistics.longest:,}; {statistics.cut_to_sequence} cut to the sequence, "
+            f"{statistics.stopped_at_limit} stopped at a length limit"
         )
     epochs = facts["train_iters"] * config.train.global_batch_size / data.statistics["train"].samples
     text.append(
