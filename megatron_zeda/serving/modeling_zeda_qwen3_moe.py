@@ -154,3 +154,7 @@ for _cls in (Qwen3MoePlusPlusModel, Qwen3MoePlusPlusForCausalLM):
     register_checkpoint_conversion_mapping(
         _cls.__name__, get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
     )
+
+# save_pretrained copies this file beside the weights (early releases of transformers 5 need to be told).
+Qwen3MoePlusPlusModel.register_for_auto_class("AutoModel")
+Qwen3MoePlusPlusForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -141,6 +141,8 @@ def test_save_pretrained_round_trip(tmp_path: Path, tied: bool) -> None:
     model = load_hf_model(tmp_path / "dynamic")
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved/modeling_zeda_qwen3_moe.py").exists()
+    auto_map = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("dynamic", "saved")]
+    assert auto_map[0] == auto_map[1]
     assert_same_bits(read_tensors(tmp_path / "dynamic"), read_tensors(tmp_path / "saved"))
     assert load_hf_model(tmp_path / "saved")(IDS).logits.equal(model(IDS).logits)
 
