@@ -12,7 +12,6 @@ layout: weights and optimizer states are stored in the shape of the whole model.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -75,17 +74,29 @@ def _loading(folder: Path) -> Iterator[None]:
         ) from error
 
 
+# A writer that fails with less than this left on the disk has filled it.
+_FULL_DISK_BYTES = 1 << 26
+
+
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """A full disk as one clear error, also when it comes wrapped from one of the writers."""
+def _writing(folder: Path, partial: Path) -> Iterator[None]:
+    """Nothing half-written stays behind, and a full disk is one clear error.
+
+    The writers of tensors run in threads of their own, and only the text of their errors arrives here.
+    """
+    done = False
     try:
         with disk_errors(folder):
             yield
+        done = True
     except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        if any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes):
+        if shutil.disk_usage(folder).free < _FULL_DISK_BYTES:
             raise ZedaError("the disk is full", where=folder, fix="free space or choose another folder") from error
-        raise
+        reason = " ".join(str(error).split())[-300:]
+        raise ZedaError(f"the checkpoint cannot be written: {reason}", where=folder, fix="check the disk") from error
+    finally:
+        if not done:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _names(chunks: list[Any]) -> list[str]:
@@ -171,17 +182,6 @@ def _sharded_rng_state() -> Any:
 # ---- saving and resuming --------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler: Any, progress: Progress) -> Path:
     """Write one checkpoint on all ranks; a collective call.
 
@@ -196,7 +196,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
     final = megatron_io.iteration_dir(config.save_dir, progress.iteration)
     partial = final.with_name(f".{final.name}.partial")
     first = torch.distributed.get_rank() == 0
-    with _writing(config.save_dir), helpers_outlive_signals(), _removed_on_failure(partial):
+    with _writing(config.save_dir, partial), helpers_outlive_signals():
         if first:
             config.save_dir.mkdir(parents=True, exist_ok=True)
             for left_over in config.save_dir.glob(".iter_*"):

@@ -7,11 +7,14 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from traceback import StackSummary
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from training_runs import make_config, make_run
 
 from megatron_zeda.config import Config
@@ -328,14 +331,20 @@ def test_a_run_that_stays_infinite_ends(root: Path, monkeypatch: pytest.MonkeyPa
         train(config)
 
 
-def test_a_full_disk_leaves_no_half_checkpoint(root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_leaves_no_half_checkpoint(
+    root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
     from megatron.core import dist_checkpointing
 
     def full(state: Any, folder: str, **_: Any) -> None:
         (Path(folder) / "__0_0.distcp").write_bytes(b"half")
+        if wrapped:  # what arrives from the writers' threads
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+            raise CheckpointException("write", {0: (RuntimeError("Worker failure"), StackSummary())})
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    config = make_config(root, "full-disk")
+    config = make_config(root, f"full-disk-{wrapped}")
     config.checkpoint.save_interval = 3
     shutil.copytree(whole.run_dir, config.run_dir)
     shutil.rmtree(config.save_dir / "iter_0000006")
