@@ -16,7 +16,7 @@ import torch
 
 from megatron_zeda.conversion.manifest import read_manifest
 from megatron_zeda.conversion.pickles import check_pickles
-from megatron_zeda.conversion.torch_dist import TorchDistReader, with_stored_vocabulary
+from megatron_zeda.conversion.torch_dist import TorchDistReader
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, family_for, load_hf_config
 
@@ -111,8 +111,7 @@ class MegatronFolder:
         """Read one Hugging Face piece."""
         row = self._row_of[piece.name, piece.slot]
         if self._last is None or self._last[0] is not row:
-            stored = self._stored(row)
-            block = self.tensors.read(stored)[: row.shape[0]]
+            block = self.tensors.read(row)  # of a padded vocabulary, the rows that the model has
             parts = row.packing.unpack(block, [part.shape for part in row.pieces])
             self._last = (row, dict(zip(row.pieces, parts, strict=True)))
         return self._last[1][piece]
@@ -120,10 +119,6 @@ class MegatronFolder:
     def dtype(self, piece: HfPiece) -> torch.dtype:
         """Type of a piece."""
         return self.tensors.dtype(self._row_of[piece.name, piece.slot].key)
-
-    def _stored(self, row: WeightRow) -> WeightRow:
-        size = tuple(self.tensors.tensors[row.key].size)
-        return with_stored_vocabulary(row, size) if row.padded and size[0] > row.shape[0] else row
 
     def _check_tensors(self, folder: Path) -> None:
         stored = {key for key in self.tensors.tensors if not _NOT_WEIGHTS.search(key)}
@@ -137,7 +132,8 @@ class MegatronFolder:
                 )
         for key, row in expected.items():
             size = tuple(self.tensors.tensors[key].size)
-            if size != self._stored(row).global_shape:
+            padded = row.padded and size[0] > row.shape[0] and size[1:] == row.shape[1:]
+            if size != row.global_shape and not padded:
                 raise InputError(
                     f"{key} has the wrong shape",
                     where=folder,

@@ -6,7 +6,6 @@ memory holds one block at a time. The result is what Megatron-Core's ``dist_chec
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 import warnings
@@ -199,9 +198,3 @@ class TorchDistReader:
             raise ZedaError(f"{index.fqn} is not what the metadata says", where=path)
         self._last = (index, tensor)
         return tensor
-
-
-def with_stored_vocabulary(row: WeightRow, stored: Sequence[int]) -> WeightRow:
-    """The row as it is stored when Megatron padded the vocabulary: more rows, same columns."""
-    (piece,) = row.pieces
-    return dataclasses.replace(row, pieces=(dataclasses.replace(piece, shape=tuple(stored)),))

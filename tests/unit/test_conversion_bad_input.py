@@ -288,6 +288,32 @@ def test_a_conversion_that_does_not_verify_is_not_shown(
     assert nothing_beside(tmp_path / "out")
 
 
+def test_an_export_that_does_not_verify_is_not_shown(
+    tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
+
+    hf_to_megatron(static, tmp_path / "megatron")
+    write = SafetensorsWriter.write
+    monkeypatch.setattr(SafetensorsWriter, "write", lambda self, name, tensor, slot: write(self, name, -tensor, slot))
+    with pytest.raises(ZedaError, match="verification failed"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
+    assert nothing_beside(tmp_path / "out")
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(
+    tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import megatron_zeda.conversion.injecting as injecting
+
+    copy = injecting.copy_side_files
+    monkeypatch.setattr(injecting, "copy_side_files", lambda *args: ((tmp_path / "out").mkdir(), copy(*args))[1])
+    with pytest.raises(InputError, match="exists"):
+        inject_zero_experts(static, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # ---- Megatron folders -----------------------------------------------------------------------------------------------
 
 
