@@ -280,13 +280,35 @@ def _allocate_adam_states(optimizer: Any) -> None:
                 }
 
 
+def _optimizer_states(optimizer: Any, state: dict[Any, Any]) -> list[dict[str, Any]]:
+    """One state per optimizer of the chain, whatever chain the checkpoint was written with.
+
+    Experts have an optimizer of their own where they are split over ranks, so the chain depends on the layout. The
+    tensors were asked for and found under today's structure; of the rest only the step count is needed.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    saved = [
+        value
+        for value in (state, *state.values())
+        if isinstance(value, dict) and "param_groups" in value.get("optimizer", ())
+    ]
+    states = []
+    for index, part in enumerate(parts):
+        own = state if len(parts) == 1 else state.get(index, {})
+        if "optimizer" not in own and "param_state" in own and saved:
+            own = part.state_dict() | {key: own[key] for key in own if str(key).startswith("param_state")}
+            own["param_state_sharding_type"] = _METADATA["distrib_optim_sharding_type"]
+            for group in own["optimizer"]["param_groups"]:
+                group["step"] = saved[0]["optimizer"]["param_groups"][0]["step"]
+        states.append(own)
+    return states
+
+
 def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     """``optimizer.load_state_dict(state)``, with the tensors of a torch AdamW loaded while its step counts are away."""
-    single = len(getattr(optimizer, "chained_optimizers", [optimizer])) == 1
-    tensors = {}
-    for index, _, _ in _torch_adams(optimizer):
-        tensors[index] = (state if single else state[index]).pop("param_state", None)
-    optimizer.load_state_dict(state)
+    states = _optimizer_states(optimizer, state)
+    tensors = {index: states[index].pop("param_state", None) for index, _, _ in _torch_adams(optimizer)}
+    optimizer.load_state_dict(states[0] if len(states) == 1 else dict(enumerate(states)))
     for index, part, inner in _torch_adams(optimizer):
         steps = {parameter: values.pop("step") for parameter, values in inner.state.items()}
         if tensors[index] is not None:

@@ -38,6 +38,7 @@ def train_one(root: Path, name: str, settings: dict[str, Any]) -> None:
     from megatron_zeda.training import train
 
     config = make_config(root, name)
+    config.scheduler.lr_decay_iters = 8  # the same schedule for runs of 6 and of 8 steps
     for key, value in settings.items():
         section, field = key.split(".")
         setattr(getattr(config, section), field, value)
@@ -71,3 +72,17 @@ def test_layout_equals_one_process(runs: Path, name: str) -> None:
     assert other["tokens"] == one["tokens"]
     for key in ("ce", "kl_forward", "skip_rate"):
         assert other[key] == pytest.approx(one[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dp2", "ep2", "tp2-pp2"])
+def test_one_process_goes_on_from_a_checkpoint_of_another_layout(runs: Path, name: str) -> None:
+    for start in ("one", name):
+        if not (runs / f"{start}-on").exists():
+            settings = {"checkpoint.load": str(runs / start / "checkpoints"), "train.train_iters": 8}
+            train_one(runs, f"{start}-on", settings)
+    expected, actual = metrics(runs, "one-on"), metrics(runs, f"{name}-on")
+    assert [line["step"] for line in actual] == [7, 8]
+    for one, other in zip(expected, actual, strict=True):
+        assert other["ce"] == pytest.approx(one["ce"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert other["skip_rate_per_layer"] == pytest.approx(one["skip_rate_per_layer"], abs=1e-12)
