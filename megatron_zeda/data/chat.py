@@ -7,8 +7,7 @@ re-tokenising them would change the targets the teacher produced.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_zeda.data.jsonl import read_lines
 from megatron_zeda.data.tokenizer import ChatTokenizer
 from megatron_zeda.errors import InputError
 
@@ -90,7 +90,7 @@ def load_samples(path: Path, *, seq_length: int, vocab_size: int, tokenizer: Cha
             masked.
     """
     samples: list[Sample] = []
-    for where, line in _lines(path):
+    for where, line in read_lines(path):
         for tokens, is_response in _encode_line(line, where=where, tokenizer=tokenizer):
             _check(tokens, is_response, where=where, seq_length=seq_length, vocab_size=vocab_size)
             keep = seq_length + 1  # the last token is predicted, not read
@@ -103,37 +103,7 @@ def load_samples(path: Path, *, seq_length: int, vocab_size: int, tokenizer: Cha
                     stopped_at_limit=line.get("finish_reason") == "length",
                 )
             )
-    if not samples:
-        raise InputError("no samples in this file", where=path, rule="one JSON object a line", fix="check the path")
     return samples
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise InputError("no such file", where=path, rule="a jsonl file, one JSON object a line")
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, text in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                if not text.strip():
-                    raise InputError("empty line", where=where, rule="one JSON object a line", fix="delete the line")
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"malformed JSON: {error.msg} at column {error.colno}",
-                        where=where,
-                        fix="mend or delete the line",
-                    ) from error
-                if not isinstance(line, dict):
-                    raise InputError(
-                        "not a JSON object", where=where, value=line, rule='{"messages": [...]} or a rollout'
-                    )
-                yield where, line
-        except UnicodeDecodeError as error:
-            raise InputError(
-                "not UTF-8 text", where=path, fix="give a jsonl file, not a compressed or binary one"
-            ) from error
 
 
 def _encode_line(

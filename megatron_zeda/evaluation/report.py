@@ -35,11 +35,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_zeda.data.jsonl import parse_line
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.evaluation.accuracy import paired_difference
 from megatron_zeda.evaluation.markdown import render_markdown
 from megatron_zeda.evaluation.plots import plot_skip_rate_per_layer, plot_training
-from megatron_zeda.rollout.files import parse_line
 
 MODELS = ("teacher", "student", "control_topk_half")
 SKIP_RATE_PICTURE, TRAINING_PICTURE = "skip_rate_per_layer.png", "training.png"

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_zeda.data.jsonl import read_lines
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.evaluation.skip_rate import RoutingRecorder
-from megatron_zeda.rollout.files import Rollout, read_lines
+from megatron_zeda.rollout.files import Rollout
 
 # Logits held at once, in elements: 64 MiB in fp32.
 _CHUNK_ELEMENTS = 16 * 1024 * 1024

@@ -66,8 +66,8 @@ class ZeroExpertMoELayer(MoELayer):
         Args:
             hidden_states: ``[S, B, H]``, this rank's part of the sequence.
             intermediate_tensors: upstream's, for partial CUDA graphs.
-            padding_mask: ``[B, S]``, or the whole ``[B, S * TP]`` with sequence parallelism (``GPTModel`` scatters it only
-                on the first pipeline stage); True for padding.
+            padding_mask: ``[B, S]``, True for padding; with sequence parallelism also the whole ``[B, S * TP]``, which
+                ``GPTModel`` scatters on the first pipeline stage only.
         """
         if padding_mask is not None:
             padding_mask = self._local_padding_mask(padding_mask, hidden_states.shape[0])

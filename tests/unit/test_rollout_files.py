@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from tiny_hf import write_lines
 
+from megatron_zeda.data.jsonl import read_lines
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.rollout.files import Expected, Rollout, RolloutWriter, read_lines, read_prompts, read_rollouts
+from megatron_zeda.rollout.files import Expected, Rollout, RolloutWriter, read_prompts, read_rollouts
 
 ROLLOUT = Rollout(
     id="a",
