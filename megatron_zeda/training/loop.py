@@ -111,7 +111,8 @@ def _run(config: Config, stop: StopRequest) -> None:
             note = "" if restored_rng else " (at another layout: random states start anew)"
             metrics.say(f"resuming at step {student.progress.iteration} from {resumed_from}{note}")
         elif fixture_states is not None:
-            gate = parity_gate(student.chunks, fixture_states, fixture, exact=not config.model.bf16)
+            with setup.whole_parameters(student.chunks):
+                gate = parity_gate(student.chunks, fixture_states, fixture, exact=not config.model.bf16)
             metrics.say(banner.gate_line(gate))
         _loop(config, student, data, held_out, train_iters, metrics, stop)
         if student.progress.iteration >= train_iters and config.checkpoint.export_hf:
@@ -201,7 +202,7 @@ def _loop(
         metrics.say(f"nothing left to do: step {progress.iteration} of {train_iters} is reached")
         return
     if progress.iteration == 0 and held_out is not None:
-        metrics.say(banner.validation_line(0, validation.validate(student.chunks, held_out)))
+        metrics.say(banner.validation_line(0, _validate(student, held_out)))
     skipped_in_a_row = 0
     batches = training_batches(data.train, seed=config.dataset.seed, consumed_samples=progress.consumed_samples)
     while progress.iteration < train_iters:
@@ -228,7 +229,7 @@ def _loop(
         if held_out is not None and (
             progress.iteration % config.validation.eval_interval == 0 or progress.iteration == train_iters
         ):
-            outcome = validation.validate(student.chunks, held_out)
+            outcome = _validate(student, held_out)
             values |= {"kl_forward": outcome.kl_forward, "validation": asdict(outcome)}
             metrics.say(banner.validation_line(progress.iteration, outcome))
         metrics.step(values)
@@ -241,12 +242,24 @@ def _loop(
             )
         ending = result.stop or progress.iteration == train_iters
         if ending or progress.iteration % config.checkpoint.save_interval == 0:
-            folder = checkpoint.save_checkpoint(config, student.chunks, student.optimizer, student.scheduler, progress)
+            folder = _save(config, student)
             metrics.say(f"step {progress.iteration}: saved {folder}")
         if result.stop:
             reason = stop.reason or "another process was asked to stop"
             metrics.say(f"stopping after step {progress.iteration}: {reason}; the same command goes on from here")
             return
+
+
+def _validate(student: _Student, held_out: validation.HeldOut) -> validation.ValidationResult:
+    with setup.whole_parameters(student.chunks):
+        return validation.validate(student.chunks, held_out)
+
+
+def _save(config: Config, student: _Student) -> Path:
+    with setup.whole_parameters(student.chunks):
+        return checkpoint.save_checkpoint(
+            config, student.chunks, student.optimizer, student.scheduler, student.progress
+        )
 
 
 def _step_values(

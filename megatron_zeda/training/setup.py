@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -205,6 +207,23 @@ def wrap_for_training(config: Config, chunks: list[Any]) -> list[Any]:
     for chunk in wrapped:
         chunk.broadcast_params()
     return wrapped
+
+
+@contextmanager
+def whole_parameters(chunks: list[Any]) -> Iterator[None]:
+    """Within the block every rank holds all its parameters, and nothing gathers them behind our back.
+
+    With ``ddp.overlap_param_gather`` they are gathered by the training forward pass that follows an update, which
+    neither a checkpoint nor a pass that uses weights outside their modules can wait for.
+    """
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
 
 
 # ---- optimizer ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ RECOMPUTE = {
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, DP),
     "dp2-plain-optimizer": (2, {**DP, "optimizer.use_distributed_optimizer": False, "ddp.overlap_grad_reduce": True}),
+    "dp2-overlap": (2, {**DP, "ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True}),
     "ep2": (2, {**DP, "model.expert_model_parallel_size": 2}),
     "tp2-ep2-recompute": (2, {**TP, **RECOMPUTE, "model.expert_model_parallel_size": 2}),
     "tp2-pp2": (4, {**TP, "model.pipeline_model_parallel_size": 2}),
@@ -74,7 +75,7 @@ def test_layout_equals_one_process(runs: Path, name: str) -> None:
         assert other[key] == pytest.approx(one[key], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dp2", "ep2", "tp2-pp2"])
+@pytest.mark.parametrize("name", ["dp2", "dp2-overlap", "ep2", "tp2-pp2"])
 def test_one_process_goes_on_from_a_checkpoint_of_another_layout(runs: Path, name: str) -> None:
     for start in ("one", name):
         if not (runs / f"{start}-on").exists():
