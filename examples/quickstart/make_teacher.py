@@ -4,7 +4,8 @@
 
 The result is committed as `examples/quickstart/teacher`, so `make quickstart` starts from a Hugging Face folder as a
 user would; this script is how it was made (about 25 minutes on two cores). It reads from top to bottom:
-text -> tokenizer -> pre-training on text -> post-training on chat questions -> evaluation -> save.
+text -> tokenizer -> pre-training on text -> post-training on chat questions -> the same with a term that makes the K
+chosen experts weigh alike (so that half of them are missed) -> evaluation -> save.
 
 The text is the Python standard library of the interpreter that runs the script, so another Python version gives
 slightly different weights. The questions are those of `facts.json` (see tasks.py) and do not change.
@@ -59,6 +60,7 @@ class Recipe:
 
     pretrain_steps: int = 250
     posttrain_steps: int = 4500
+    level_steps: int = 600
     text_every: int = 12  # every so many post-training steps see text instead of questions, so that it is not forgotten
     text_rows: int = 24
     text_length: int = 128
@@ -66,6 +68,8 @@ class Recipe:
     fact_share: float = 0.68
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
+    level_learning_rate: float = 1e-3
+    level_weight: float = 0.1
     load_balancing: float = 0.01
     seed: int = 0
 
@@ -177,6 +181,18 @@ def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], topk: int) -> t
     return total
 
 
+def uneven_weights(router_logits: tuple[torch.Tensor, ...], topk: int) -> torch.Tensor:
+    """How uneven the K chosen experts' weights are, summed over layers: 0 when all are 1/K, K - 1 when one has all.
+
+    Without this term the router of a small model leans on its first one or two choices, and the others hardly matter.
+    """
+    total = torch.zeros(())
+    for logits in router_logits:
+        weights = logits.float().topk(topk, dim=-1).values.softmax(-1)
+        total = total + (topk * weights.square().sum(-1) - 1).mean()
+    return total
+
+
 @dataclass
 class Batch:
     """Token ids `[B, S]`, padded on the right, and the positions whose next token is a target `[B, S - 1]`."""
@@ -236,9 +252,16 @@ class QuestionSource:
 
 
 def train(
-    model: Qwen3MoeForCausalLM, next_batch: Callable[[int], Batch], *, steps: int, lr: float, recipe: Recipe, name: str
+    model: Qwen3MoeForCausalLM,
+    next_batch: Callable[[int], Batch],
+    *,
+    steps: int,
+    lr: float,
+    recipe: Recipe,
+    name: str,
+    level_weight: float = 0.0,
 ) -> None:
-    """AdamW, 5 % warm-up, cosine to a twentieth; cross entropy on the targets plus the load-balancing loss."""
+    """AdamW, 5 % warm-up, cosine to a twentieth; cross entropy on the targets plus the two terms on the router."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -256,7 +279,8 @@ def train(
         logits = model.lm_head(out.last_hidden_state[:, :-1][batch.is_target])
         cross_entropy = F.cross_entropy(logits, batch.ids[:, 1:][batch.is_target])
         balance = load_balancing_loss(out.router_logits, recipe.num_experts_per_tok)
-        (cross_entropy + recipe.load_balancing * balance).backward()
+        uneven = uneven_weights(out.router_logits, recipe.num_experts_per_tok)
+        (cross_entropy + recipe.load_balancing * balance + level_weight * uneven).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -266,7 +290,8 @@ def train(
             seconds = (time.perf_counter() - start) / (step + 1)
             print(
                 f"{name} step {step + 1}/{steps}  loss {running:.3f}  "
-                f"balance {balance.item() / recipe.num_hidden_layers:.2f}  {seconds:.2f} s/step",
+                f"balance {balance.item() / recipe.num_hidden_layers:.2f}  "
+                f"uneven {uneven.item() / recipe.num_hidden_layers:.2f}  {seconds:.2f} s/step",
                 flush=True,
             )
 
@@ -361,14 +386,21 @@ def make_teacher(recipe: Recipe, output: Path) -> dict[str, object]:
     model = build_model(recipe, tokenizer)
     print(f"model: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     rng = random.Random(recipe.seed)
+
+    def text_or_questions(step: int) -> Batch:
+        return text.batch(rng) if step % recipe.text_every == 0 else questions.batch(rng)
+
     train(
-        model, lambda _: text.batch(rng), steps=recipe.pretrain_steps, lr=recipe.learning_rate, recipe=recipe,
-        name="pre-training",
+        model, lambda _: text.batch(rng), name="pre-training", recipe=recipe,
+        steps=recipe.pretrain_steps, lr=recipe.learning_rate,
     )  # fmt: skip
     train(
-        model,
-        lambda step: text.batch(rng) if step % recipe.text_every == 0 else questions.batch(rng),
-        steps=recipe.posttrain_steps, lr=recipe.learning_rate, recipe=recipe, name="post-training",
+        model, text_or_questions, name="post-training", recipe=recipe,
+        steps=recipe.posttrain_steps, lr=recipe.learning_rate,
+    )  # fmt: skip
+    train(
+        model, text_or_questions, name="levelling", recipe=recipe,
+        steps=recipe.level_steps, lr=recipe.level_learning_rate, level_weight=recipe.level_weight,
     )  # fmt: skip
     model.to(torch.bfloat16).to(torch.float32)
     held_out = tasks.question_set(questions.facts, num_facts=1000, num_algorithms=200, held_out=True, seed=recipe.seed)
