@@ -6,11 +6,12 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check lint types unit clean
+.PHONY: help install quickstart test test-gpu check lint types unit clean
 
 help:
 	@echo "make quickstart   a small post-trained MoE becomes a dynamic one, end to end (minutes, on a CPU)"
 	@echo "make test         every test (no GPU needed)"
+	@echo "make test-gpu     checks that need one GPU with Transformer Engine"
 	@echo "make check        lint, types and unit tests"
 
 install: $(STAMP)
@@ -34,11 +35,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 quickstart: $(STAMP)
-	$(PY) examples/quickstart/run.py
+	$(PY) examples/quickstart/run.py --force
 
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(PY) -m pytest
+
+test-gpu: $(STAMP)
+	ZEDA_TEST_GPU=1 $(PY) -m pytest tests/gpu
 
 check: lint types unit
 

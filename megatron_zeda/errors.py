@@ -60,8 +60,12 @@ def disk_errors(where: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise ZedaError("the disk is full", where=where, fix="free space or choose another folder") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            problem = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+            raise ZedaError(problem, where=where, fix="free space or choose another folder") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ZedaError(f"cannot write ({error.strerror})", where=where, fix="check the permissions") from error
+            place = error.filename or where
+            raise ZedaError(f"no access ({error.strerror})", where=place, fix="check the permissions") from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            raise InputError(f"not a usable path ({error.strerror})", where=where, fix="choose another path") from error
         raise

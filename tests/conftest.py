@@ -1,4 +1,4 @@
-"""Shared fixtures. Everything runs on the CPU, offline, with one thread per process."""
+"""Shared fixtures. Everything runs on the CPU, offline, with one thread per process; `make test-gpu` uses the GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 
+if os.environ.get("ZEDA_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

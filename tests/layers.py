@@ -74,10 +74,10 @@ def dense_zero_twin(layer: ZeroExpertMoELayer, **changes: Any) -> MoELayer:
     return twin
 
 
-def tokens(seq_length: int = 12, batch: int = 2, seed: int = 0) -> torch.Tensor:
-    """Random hidden states ``[S, B, H]`` with gradient."""
+def tokens(seq_length: int = 12, batch: int = 2, seed: int = 0, requires_grad: bool = True) -> torch.Tensor:
+    """Random hidden states ``[S, B, H]``."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(seq_length, batch, H, generator=generator).requires_grad_()
+    return torch.randn(seq_length, batch, H, generator=generator).requires_grad_(requires_grad)
 
 
 def rows_into_experts(layer: MoELayer) -> list[int]:

@@ -15,7 +15,6 @@ import torch
 __all__ = [
     "backend",
     "device",
-    "have_apex",
     "have_fused_weight_gradient",
     "have_transformer_engine",
     "install",
@@ -50,25 +49,18 @@ def have_transformer_engine() -> bool:
 
 
 @cache
-def have_apex() -> bool:
-    """Whether NVIDIA's apex is installed. The index's package of that name is another project, so look inside."""
-    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("amp_C") is not None
-
-
-@cache
 def have_fused_weight_gradient() -> bool:
     """Whether apex's fused weight-gradient kernel is there (``gradient_accumulation_fusion`` depends on it)."""
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def transformer_config_overrides() -> dict[str, Any]:
-    """``TransformerConfig`` settings that this machine forces, empty where every kernel is there.
+    """``TransformerConfig`` settings that this machine decides: which fused kernels there are.
 
     Megatron-Core's fused paths are CUDA only, and some defaults ask for Transformer Engine or apex without a fall-back.
     """
-    overrides: dict[str, Any] = {}
-    if not have_fused_weight_gradient() and not have_transformer_engine():
-        overrides["gradient_accumulation_fusion"] = False
+    # Megatron's own linear layers (the output layer, also beside Transformer Engine) need apex's kernel for it.
+    overrides: dict[str, Any] = {"gradient_accumulation_fusion": have_fused_weight_gradient()}
     if not have_transformer_engine():
         overrides.update(
             transformer_impl="local", moe_permute_fusion=False, moe_grouped_gemm=False, persist_layer_norm=False

@@ -279,6 +279,7 @@ def _step_values(
         "kl_forward": None,
         "kl_reverse": None,
         "balance_loss": statistics.balance_loss,
+        "balance_loss_per_layer": list(statistics.balance_loss_per_layer),
         "skip_rate": statistics.skip_rate,
         "skip_rate_per_layer": statistics.skip_rate_per_layer,
         "grad_norm": result.grad_norm,

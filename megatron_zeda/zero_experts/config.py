@@ -114,6 +114,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "use 'none'",
     ),
     Refusal(
+        "overlap_moe_expert_parallel_comm",
+        lambda c: c.overlap_moe_expert_parallel_comm,
+        "its schedule calls the router without the padding mask, so that padding would be counted",
+        "leave it off",
+    ),
+    Refusal(
+        "moe_layer_freq",
+        lambda c: isinstance(c.moe_layer_freq, list) and all(c.moe_layer_freq),
+        "a list renames every weight in checkpoints, for nothing when all layers are MoE layers",
+        "use 1",
+    ),
+    Refusal(
         "moe_shared_expert_overlap",
         lambda c: c.moe_shared_expert_overlap,
         "the overlap has not been checked with data-dependent row counts",

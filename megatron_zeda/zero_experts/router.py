@@ -58,6 +58,7 @@ class ZeroExpertRouter(TopKRouter):
         # finalize_model_grads would move the bias of all E + Z columns towards an even load.
         self.frozen_expert_bias = True
         self.counts = RouterCounts()
+        self.counting = True
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -85,7 +86,7 @@ class ZeroExpertRouter(TopKRouter):
             router_replay=self.router_replay,
         )
         # A recomputed layer routes twice, first without gradients: only the second pass counts. Evaluation counts too.
-        if torch.is_grad_enabled() or not self.training:
+        if self.counting and (torch.is_grad_enabled() or not self.training):
             probs_TG = self._balance_and_count(probs_TG, logits_TG, routing_map_TG, padding_T)
         return probs_TG, routing_map_TG
 
@@ -122,18 +123,19 @@ class ZeroExpertRouter(TopKRouter):
             group = local.clone()
             if self.tp_dp_cp_group.size() > 1:
                 torch.distributed.all_reduce(group, group=self.tp_dp_cp_group)
-        loss = group_balancing_loss(
-            self._score_distribution(logits_TG, padding_T),
-            valid_map_TG,
-            num_real_experts=self.num_real_experts,
-            topk=self.topk,
-            zero_expert_weight=self.config.zero_expert_weight,
-            coeff=1.0,
-            token_counts=group[:-1],
-            num_tokens=group[-1],
-        )
-        self.counts.add_balance_loss(loss.detach())
         coeff = self.config.zero_expert_balance_coeff
+        with torch.set_grad_enabled(coeff > 0.0):
+            loss = group_balancing_loss(
+                self._score_distribution(logits_TG, padding_T),
+                valid_map_TG,
+                num_real_experts=self.num_real_experts,
+                topk=self.topk,
+                zero_expert_weight=self.config.zero_expert_weight,
+                coeff=1.0,
+                token_counts=group[:-1],
+                num_tokens=group[-1],
+            )
+        self.counts.add_balance_loss(loss.detach())
         if coeff == 0.0:
             return probs_TG
         return MoEAuxLossAutoScaler.apply(probs_TG, coeff * self._gradient_scale() * loss)
@@ -181,13 +183,16 @@ def zero_expert_routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> l
 
 @contextmanager
 def masked_zero_experts(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Within the block no zero expert of ``model`` can be chosen: it computes what its teacher computes (law 1)."""
+    """Within the block no zero expert of ``model`` can be chosen: it computes what its teacher computes (law 1).
+
+    Such a pass is the teacher's, not the student's: nothing is counted, and no balancing loss is attached.
+    """
     routers = zero_expert_routers(model)
-    biases = [router.zero_logit_bias for router in routers]
+    before = [(router.zero_logit_bias, router.counting) for router in routers]
     for router in routers:
-        router.zero_logit_bias = float("-inf")
+        router.zero_logit_bias, router.counting = float("-inf"), False
     try:
         yield
     finally:
-        for router, bias in zip(routers, biases, strict=True):
-            router.zero_logit_bias = bias
+        for router, (bias, counting) in zip(routers, before, strict=True):
+            router.zero_logit_bias, router.counting = bias, counting

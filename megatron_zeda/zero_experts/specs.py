@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from megatron.core import __version__ as megatron_version
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
@@ -39,10 +40,11 @@ def get_zero_expert_layer_spec(
 
     Raises:
         ValueError: if ``config`` has no experts, or dense layers in between (use :func:`get_zero_expert_block_spec`).
+        RuntimeError: if Megatron-Core's own spec is not what this file knows.
     """
     if not config.num_moe_experts:
         raise ValueError("num_moe_experts is not set: there is no MoE layer to give zero experts to")
-    if config.moe_layer_freq != 1 and not _all_moe(config.moe_layer_freq):
+    if config.moe_layer_freq != 1:
         raise ValueError(
             f"moe_layer_freq={config.moe_layer_freq}: some layers are dense; use get_zero_expert_block_spec"
         )
@@ -53,11 +55,13 @@ def get_zero_expert_layer_spec(
         "moe_grouped_gemm": config.moe_grouped_gemm,
         "qk_layernorm": config.qk_layernorm,
         "multi_latent_attention": config.multi_latent_attention,
+        "qk_l2_norm": config.qk_l2_norm,
     }
     if use_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(**shared)
     else:
         spec = get_gpt_layer_local_spec(**shared, normalization=config.normalization)
+    _require_moe(spec)
     return _with_zero_experts(spec, config, use_transformer_engine)
 
 
@@ -74,24 +78,41 @@ def get_zero_expert_block_spec(
     if use_transformer_engine is None:
         use_transformer_engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+        config,
+        use_transformer_engine,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
     )
+    if config.moe_layer_freq == 1:
+        for spec in block.layer_specs:
+            _require_moe(spec)
     block.layer_specs = [_with_zero_experts(spec, config, use_transformer_engine) for spec in block.layer_specs]
     return block
 
 
-def _all_moe(frequency: Any) -> bool:
-    return isinstance(frequency, list) and all(frequency)
+def _is_moe(spec: ModuleSpec) -> bool:
+    mlp = spec.submodules.mlp
+    return isinstance(mlp, partial) and mlp.func is MoELayer
+
+
+def _require_moe(spec: ModuleSpec) -> None:
+    """An MoE layer that is not recognised would silently stay static."""
+    if not _is_moe(spec):
+        raise RuntimeError(
+            f"megatron-core {megatron_version} describes MoE layers in another way than 0.19 "
+            f"({spec.submodules.mlp}); install a version that pyproject.toml allows"
+        )
 
 
 def _with_zero_experts(
     spec: ModuleSpec, config: ZeroExpertTransformerConfig, use_transformer_engine: bool
 ) -> ModuleSpec:
     """A copy of a stock layer spec whose MoE layer and router know zero experts; dense layers pass through."""
+    if not _is_moe(spec):
+        return spec
     submodules = spec.submodules
     mlp = submodules.mlp
-    if not (isinstance(mlp, partial) and mlp.func is MoELayer):
-        return spec
     if config.num_zero_experts:
         moe_submodules = replace(mlp.keywords["submodules"], router=ZeroExpertRouter)
         mlp = partial(ZeroExpertMoELayer, **{**mlp.keywords, "submodules": moe_submodules})

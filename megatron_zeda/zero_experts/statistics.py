@@ -21,8 +21,10 @@ class RouterCounts:
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
         if self.sums is None or self.sums.device != like.device:
-            # fp64 holds every count below 2^53 exactly, on CPU and GPU alike.
-            self.sums = torch.zeros(self.SIZE, dtype=torch.float64, device=like.device)
+            # Not an inference tensor, even if the first pass is an evaluation under torch.inference_mode: training
+            # goes on with it. fp64 holds every count below 2^53 exactly, on CPU and GPU alike.
+            with torch.inference_mode(False):
+                self.sums = torch.zeros(self.SIZE, dtype=torch.float64, device=like.device)
         return self.sums
 
     def add_selections(self, num_zero: torch.Tensor, num_selections: torch.Tensor) -> None:

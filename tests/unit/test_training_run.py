@@ -24,7 +24,8 @@ from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.training import train
 
 KEYS = [
-    "step", "loss", "ce", "kl_forward", "kl_reverse", "balance_loss", "skip_rate", "skip_rate_per_layer", "grad_norm",
+    "step", "loss", "ce", "kl_forward", "kl_reverse", "balance_loss", "balance_loss_per_layer", "skip_rate",
+    "skip_rate_per_layer", "grad_norm",
     "lr", "tokens_per_second", "skipped_steps",
 ]  # fmt: skip
 
@@ -62,7 +63,10 @@ def test_what_a_run_leaves(whole: Config) -> None:
         assert [key for key in line if key != "validation"] == KEYS
         evaluated = line["step"] % 2 == 0
         assert ("validation" in line) == evaluated and (line["kl_forward"] is not None) == evaluated
-        assert len(line["skip_rate_per_layer"]) == 2 and line["tokens_per_second"] > 0
+        assert (
+            len(line["skip_rate_per_layer"]) == len(line["balance_loss_per_layer"]) == 2
+            and line["tokens_per_second"] > 0
+        )
         balance = whole.zero_experts.balance_coeff * 2 * line["balance_loss"]
         assert line["loss"] == pytest.approx(line["ce"] + balance)
     assert sorted(path.name for path in whole.run_dir.iterdir()) == [

@@ -34,6 +34,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "transformer_impl=inference_optimized": {"transformer_impl": "inference_optimized"},
     "moe_router_fusion with moe_enable_routing_replay": {"moe_router_fusion": True, "moe_enable_routing_replay": True},
     "cuda_graph_impl": {"cuda_graph_impl": "transformer_engine"},
+    "overlap_moe_expert_parallel_comm": {"overlap_moe_expert_parallel_comm": True},
+    "moe_layer_freq": {"moe_layer_freq": [1]},
     "moe_shared_expert_overlap": {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 16},
     "mtp_num_layers": {"mtp_num_layers": 1},
     "moe_latent_size": {"moe_latent_size": 16},
@@ -126,6 +128,32 @@ def test_checkpoint_names_are_transformer_engines() -> None:
         prefix + "mlp.experts.experts.linear_fc2.weight",
     } <= keys
     assert not any("input_layernorm" in key or "mlp.linear_fc1" in key for key in keys)
+
+
+def test_an_unknown_form_of_spec_is_not_silently_static(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_zeda.zero_experts import specs
+
+    stock = specs.get_gpt_layer_local_spec
+
+    def older_form(**settings: Any) -> ModuleSpec:
+        spec = stock(**settings)
+        spec.submodules.mlp = ModuleSpec(module=MoELayer, submodules=spec.submodules.mlp.keywords["submodules"])
+        return spec
+
+    monkeypatch.setattr(specs, "get_gpt_layer_local_spec", older_form)
+    with pytest.raises(RuntimeError, match="another way"):
+        get_zero_expert_layer_spec(layer_config())
+
+
+@pytest.mark.usefixtures("megatron")
+def test_latent_attention_configuration_builds_the_same_layer() -> None:
+    fields = {field.name: getattr(layer_config(), field.name) for field in dataclasses.fields(layer_config())}
+    config = ZeroExpertMLATransformerConfig(**{**fields, "multi_latent_attention": True, "num_query_groups": 4})
+    layer = get_zero_expert_layer_spec(config).submodules.mlp(config=config)
+    assert layer.router.weight.shape[0] == E + Z and layer.router.num_real_experts == E
 
 
 def test_specs_say_what_they_cannot_do() -> None:

@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron_zeda.zero_experts import (
     ZeroExpertMoELayer,
     group_balancing_loss,
+    masked_zero_experts,
     router_statistics,
     set_loss_tokens,
     zero_expert_routers,
@@ -190,6 +191,24 @@ def test_the_routing_that_was_taken_is_what_counts() -> None:
         _scores(layer, hidden.detach()).float(), taken, num_real_experts=E, topk=K, zero_expert_weight=2.0, coeff=1.0
     )
     assert statistics.balance_loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_passes_of_the_masked_student_are_the_teachers() -> None:
+    layer = dynamic_layer(layer_config())
+    layer(tokens())
+    with masked_zero_experts(layer), torch.no_grad():
+        layer.eval()(tokens(seed=9))
+        layer.train()
+    layer(tokens())
+    assert router_statistics(layer).num_selections == (2 * 24 * K,)
+
+
+def test_training_goes_on_after_an_evaluation_in_inference_mode() -> None:
+    layer = dynamic_layer(layer_config())
+    with torch.inference_mode():
+        layer.eval()(tokens(requires_grad=False))
+    layer.train()(tokens())[0].sum().backward()
+    assert router_statistics(layer).num_selections == (2 * 24 * K,)
 
 
 def test_dial_moves_the_rate_and_nothing_else_at_zero() -> None:
