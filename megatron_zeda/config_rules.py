@@ -103,6 +103,42 @@ _OVERRIDE_OWNERS = {
     "param_sync_func": "",
 }
 
+# What a family sets and an override may change all the same: regularisation of the training, not part of the model.
+_OVERRIDABLE = frozenset({"attention_dropout", "hidden_dropout"})
+
+# TransformerConfig fields that no family sets, because Megatron-Core's default is the model; another value is another
+# model, which the teacher would share (so the parity gate would pass) and the export would not.
+_MODEL_DEFAULTS = frozenset(
+    {
+        "activation_func_clamp_value",
+        "add_qkv_bias",
+        "apply_query_key_layer_scaling",
+        "apply_residual_connection_post_layernorm",
+        "attention_output_gate",
+        "experimental_attention_variant",
+        "glu_linear_offset",
+        "layernorm_zero_centered_gamma",
+        "linear_attention_freq",
+        "moe_apply_probs_on_input",
+        "moe_router_enable_expert_bias",
+        "moe_router_force_biased",
+        "moe_router_force_load_balancing",
+        "moe_router_topk_limited_devices",
+        "moe_router_topk_scaling_factor",
+        "moe_shared_expert_gate",
+        "moe_shared_expert_intermediate_size",
+        "multi_latent_attention",
+        "no_rope_freq",
+        "qk_l2_norm",
+        "rotary_interleaved",
+        "softmax_scale",
+        "softmax_type",
+        "use_mup",
+        "window_attn_skip_freq",
+        "window_size",
+    }
+)
+
 
 def get(config: Config, key: str) -> Any:
     """Return the value at a dotted key."""
@@ -303,6 +339,19 @@ def _overrides(config: Config) -> Iterator[Problem]:
             yield Problem((key,), "is decided by " + (owner or "the trainer"), f"set {owner}" if owner else "remove it")
 
 
+def _model_overrides(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
+    """Overrides of what the checkpoint decides: its teacher would get them too, its export would not."""
+    own = {f.name for f in fields(config.model)}
+    for name in config.model.overrides:
+        decided = name in shape or name in _MODEL_DEFAULTS
+        if decided and name not in own and name not in _OVERRIDE_OWNERS and name not in _OVERRIDABLE:
+            yield Problem(
+                (f"model.overrides.{name}",),
+                "the checkpoint decides it, and the export would not have it",
+                "remove it, or edit the checkpoint's config.json before converting",
+            )
+
+
 def _zero_experts(config: Config) -> Iterator[Problem]:
     zero = config.zero_experts
     if zero.target_skip_rate is not None and zero.weight != type(zero)().weight:
@@ -347,6 +396,7 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
     longest = shape["max_sequence_length"]
     if model.seq_length > longest:
         yield Problem(("model.seq_length",), f"{model.seq_length} is above the model's {longest} positions", "lower it")
+    yield from _model_overrides(config, shape)
     yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
 
 

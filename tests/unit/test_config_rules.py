@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,40 @@ BATCH = {"train__global_batch_size": 120}
 def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, text: str) -> None:
     problem = only(find_problems(make(**values), world_size=world_size, hf_config=SHAPE))
     assert problem.keys[0] == key and text in str(problem)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moe_router_topk",
+        "rotary_base",
+        "layernorm_epsilon",
+        "moe_router_score_function",
+        "moe_router_pre_softmax",
+        "num_moe_experts",
+        "moe_ffn_hidden_size",
+        "softmax_scale",
+        "moe_router_topk_scaling_factor",
+    ],
+)
+def test_overrides_do_not_make_another_model(name: str) -> None:
+    problem = only(find_problems(make(model__overrides={name: 1}), world_size=1, hf_config=SHAPE))
+    assert problem.keys == (f"model.overrides.{name}",)
+    assert "the checkpoint decides it" in str(problem) and "config.json" in problem.fix
+
+
+def test_overrides_of_layout_performance_and_regularisation_pass() -> None:
+    overrides = {"moe_grouped_gemm": True, "attention_dropout": 0.1, "hidden_dropout": 0.1, "moe_router_fusion": True}
+    assert find_problems(make(model__overrides=overrides), world_size=1, hf_config=SHAPE) == []
+
+
+def test_every_default_that_is_the_model_is_a_field_of_megatron() -> None:
+    """A name that Megatron-Core renames must not silently stop being refused."""
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_zeda.config_rules import _MODEL_DEFAULTS, _OVERRIDABLE
+
+    assert {f.name for f in fields(TransformerConfig)} >= _MODEL_DEFAULTS | _OVERRIDABLE
 
 
 def test_tensor_parallel_size_divides_heads_and_vocabulary() -> None:
