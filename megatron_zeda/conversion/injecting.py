@@ -12,8 +12,9 @@ from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, write_
 from megatron_zeda.conversion.manifest import MANIFEST_FILE, make_manifest
 from megatron_zeda.conversion.progress import progress
 from megatron_zeda.conversion.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsWriter, total_bytes
+from megatron_zeda.conversion.verification import require_equal
 from megatron_zeda.errors import InputError
-from megatron_zeda.models import load_hf_config
+from megatron_zeda.models import HfPiece, load_hf_config
 from megatron_zeda.models.registry import family_for
 
 
@@ -26,6 +27,8 @@ def inject_zero_experts(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write a dynamic copy of a static checkpoint, complete with configuration, modelling code and tokenizer.
+
+    The result is read back and compared with the source before it becomes visible.
 
     Args:
         input: static Hugging Face folder.
@@ -55,30 +58,54 @@ def inject_zero_experts(
             )
         dynamic = family.make_dynamic(config, zero)
         family.validate(dynamic)
-        grown = {piece.name: row.grow for row in source.rows for piece in row.pieces if row.grow is not None}
+        injected = _Injected(source, dynamic, seed)
         plan = {}
         for name, info in sorted(source.reader.tensors.items()):
-            rows = (info.shape[0] + zero, *info.shape[1:]) if name in grown else info.shape
+            rows = (info.shape[0] + zero, *info.shape[1:]) if name in injected.grown else info.shape
             plan[name] = (info.dtype, rows)
-        need_space(folder, total_bytes(source.reader.tensors.values()))
         shard_bytes = shard_bytes if source.reader.sharded else 2**62
         with SafetensorsWriter(folder, plan, shard_bytes=shard_bytes) as writer:
+            need_space(folder, total_bytes(writer.tensors.values()))
             for name in progress(plan, "inject"):
-                tensor = source.reader.read(name)
-                grow = grown.get(name)
-                if grow is not None:
-                    tensor = torch.cat([tensor, _new_rows(grow, tensor, zero, seed, name, source)])
-                writer.write(name, tensor)
+                writer.write(name, injected.tensor(name))
         write_config(folder, dynamic, family)
         copy_side_files(source.path, folder)
         manifest = make_manifest(source, num_zero_experts=zero, injection_seed=seed, expert_layout=source.layout)
         write_json(folder / MANIFEST_FILE, manifest)
+        with HfFolder(folder) as written:
+            require_equal(injected, written, Path(output))
     return manifest
 
 
-def _new_rows(grow: Any, tensor: torch.Tensor, zero: int, seed: int, name: str, source: HfFolder) -> torch.Tensor:
-    try:
-        rows: torch.Tensor = grow(tensor, zero, seed=seed, name=name)
-    except ValueError as error:
-        raise InputError(str(error), where=source.reader.tensors[name].file) from error
-    return rows
+class _Injected:
+    """What the result must hold, computed from the source whenever it is asked for.
+
+    Attributes:
+        rows: the weight table of the dynamic model.
+        grown: tensors that grow -> what draws their new rows.
+    """
+
+    def __init__(self, source: HfFolder, dynamic: dict[str, Any], seed: int) -> None:
+        self.rows = source.family.weight_table(dynamic, source.layout)
+        self.grown = {piece.name: row.grow for row in source.rows for piece in row.pieces if row.grow is not None}
+        self._source, self._seed = source, seed
+        self._zero = source.family.num_zero_experts(dynamic)
+
+    def tensor(self, name: str, slot: int | None = None) -> torch.Tensor:
+        """A tensor of the result, or one slot of a stacked one."""
+        tensor = self._source.reader.read(name, slot)
+        grow = self.grown.get(name)
+        if grow is None:
+            return tensor
+        try:
+            return torch.cat([tensor, grow(tensor, self._zero, seed=self._seed, name=name)])
+        except ValueError as error:
+            raise InputError(str(error), where=self._source.reader.tensors[name].file) from error
+
+    def read(self, piece: HfPiece) -> torch.Tensor:
+        """One piece of the table."""
+        return self.tensor(piece.name, piece.slot)
+
+    def dtype(self, piece: HfPiece) -> torch.dtype:
+        """Its type."""
+        return self._source.dtype(piece)

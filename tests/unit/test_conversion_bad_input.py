@@ -262,6 +262,16 @@ def test_not_enough_space_is_said_before_anything_is_written(
     assert nothing_beside(tmp_path / "out")
 
 
+def test_the_space_for_the_new_rows_is_needed_too(
+    tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = sum(tensor.nbytes for tensor in read_tensors(static).values())
+    usage = shutil.disk_usage(tmp_path)._replace(free=old + 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ZedaError, match="not enough space"):
+        inject_zero_experts(static, tmp_path / "out")
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_zeda.conversion.exporting as exporting
 
@@ -298,6 +308,28 @@ def test_an_export_that_does_not_verify_is_not_shown(
     monkeypatch.setattr(SafetensorsWriter, "write", lambda self, name, tensor, slot: write(self, name, -tensor, slot))
     with pytest.raises(ZedaError, match="verification failed"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
+    assert nothing_beside(tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.gate.weight"])
+@pytest.mark.parametrize("row", [0, -1])
+def test_an_injection_that_does_not_verify_is_not_shown(
+    tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch, target: str, row: int
+) -> None:
+    """One flipped sign, in a kept tensor, in a kept row of a gate or in a new one."""
+    from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
+
+    write = SafetensorsWriter.write
+
+    def corrupt(self: Any, name: str, tensor: torch.Tensor, slot: int | None = None) -> None:
+        if name == target:
+            tensor = tensor.clone()
+            tensor[row, 3] *= -1
+        write(self, name, tensor, slot)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", corrupt)
+    with pytest.raises(ZedaError, match=f"verification failed.*{target}: 1 of"):
+        inject_zero_experts(static, tmp_path / "out")
     assert nothing_beside(tmp_path / "out")
 
 
