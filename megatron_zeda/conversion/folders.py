@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,14 +25,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     included, removes it, and removes parents that were created for it.
 
     Raises:
-        InputError: if ``path`` exists.
+        InputError: if ``path`` exists or cannot be a folder, or if a file elsewhere cannot be read.
         ZedaError: if the disk is full or not writable.
     """
     path = Path(os.path.abspath(path))
-    _refuse_existing(path)
-    with disk_errors(path.parent):
+    with disk_errors(path):
+        _refuse_existing(path)
         created = [parent for parent in path.parents if not parent.exists()]
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        partial = _partial_of(path)
         done = False
         try:
             partial.mkdir(parents=True)
@@ -39,12 +40,39 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             _refuse_existing(path)
             os.replace(partial, path)
             done = True
+        except OSError as error:
+            _blame_input(error, path, partial)
+            raise
         finally:
             if not done:
                 shutil.rmtree(partial, ignore_errors=True)
                 for parent in created:  # nearest first
                     if parent.is_dir() and not any(parent.iterdir()):
                         parent.rmdir()
+
+
+def _partial_of(path: Path) -> Path:
+    """A hidden sibling whose name is not too long when that of ``path`` is not."""
+    name = os.fsdecode(os.fsencode(path.name)[:200])
+    return path.with_name(f".{name}.partial-{os.getpid()}")
+
+
+def _blame_input(error: OSError, path: Path, partial: Path) -> None:
+    """Turn an error at a file that is neither the output nor above it into one about that file."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) or not isinstance(error.filename, (str, os.PathLike)):
+        return  # a copy that fills the disk names its source
+    place = Path(os.path.abspath(error.filename))
+    if place not in (path, partial, *path.parents) and partial not in place.parents:
+        raise InputError(f"cannot be read ({error.strerror})", where=place) from error
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn whatever the system says about reading an input into one :class:`InputError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=path, fix="check the file") from error
 
 
 def _refuse_existing(path: Path) -> None:

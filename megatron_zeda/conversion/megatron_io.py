@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,9 @@ class MegatronFolder:
         """
         self.path = Path(path)
         match = re.fullmatch(r"iter_(\d{7,})", self.path.name)
-        if match and iteration is None and not (self.path / TRACKER).exists():
+        if match and iteration is None and not os.path.exists(self.path / TRACKER):
             self.path, iteration = self.path.parent, int(match.group(1))
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise InputError("no such folder", where=self.path, rule="a Megatron checkpoint folder")
         self.iteration = latest_iteration(self.path) if iteration is None else iteration
         self.hf = self.path / HF_FOLDER

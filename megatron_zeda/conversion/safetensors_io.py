@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from megatron_zeda.conversion.folders import write_json
+from megatron_zeda.conversion.folders import read_errors, write_json
 from megatron_zeda.conversion.ledger import Ledger
 from megatron_zeda.errors import InputError
 
@@ -82,7 +82,8 @@ class SafetensorsReader:
         buffer = bytearray(math.prod(shape) * info.dtype.itemsize)
         view, done = memoryview(buffer), 0
         while done < len(buffer):
-            count = os.preadv(self._descriptor(info.file), [view[done:]], offset + done)
+            with read_errors(info.file):
+                count = os.preadv(self._descriptor(info.file), [view[done:]], offset + done)
             if not count:
                 raise InputError("the file ended early", where=info.file, value=name, fix="download it again")
             done += count
@@ -106,10 +107,7 @@ class SafetensorsReader:
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._descriptors:
-            try:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            except PermissionError:
-                raise InputError("cannot read the file", where=path, fix="check the permissions") from None
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
         return self._descriptors[path]
 
 
@@ -154,7 +152,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _load_json(path.read_bytes(), path).get("weight_map")
+    with read_errors(path):
+        data = path.read_bytes()
+    weight_map = _load_json(data, path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("`weight_map` is missing or empty", where=path)
     for name, file_name in weight_map.items():
@@ -172,8 +172,8 @@ def _read_index(path: Path) -> dict[str, str]:
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Parse and check one file: ranges in order, without gaps, up to exactly the end of the file."""
     truncated = InputError("the file is truncated or not safetensors", where=path, fix="download it again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise truncated

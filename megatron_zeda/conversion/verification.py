@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -82,7 +83,7 @@ def _different_values(one: torch.Tensor, two: torch.Tensor) -> int:
 
 def _open(path: str | Path) -> HfFolder | MegatronFolder:
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError("no such folder", where=path, rule="a Hugging Face or a Megatron checkpoint folder")
     if (path / TRACKER).exists() or path.name.startswith("iter_"):
         return MegatronFolder(path)

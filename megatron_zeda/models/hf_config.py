@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def load_hf_config(folder: str | Path) -> HfConfig:
         InputError: if the folder or the file is not there, or it is not a JSON object.
     """
     path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):  # False too for a name that no folder can have
         raise InputError("no such folder", where=folder, rule="a Hugging Face checkpoint folder with config.json")
     return HfConfig(read_json_object(path), where=path)
 
@@ -43,7 +44,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except FileNotFoundError:
         raise InputError("no such file", where=path, fix="give the folder that holds it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror})", where=path) from None
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"not valid JSON: {error}", where=path) from None
     if not isinstance(values, dict):
         raise InputError("not a JSON object", where=path, value=type(values).__name__)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,11 +76,101 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not Path(out).exists()
 
 
+def _arguments(name: str, source: str, out: str) -> list[str]:
+    return {
+        "inject_zero_experts": ["--input", source, "--output", out],
+        "hf_to_megatron": ["--hf", source, "--megatron", out],
+        "megatron_to_hf": ["--megatron", source, "--hf", out],
+        "verify_checkpoint": [source, source],
+    }[name]
+
+
+def _error(tool: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a refused command."""
+    assert tool.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_outputs_that_cannot_be_folders(
+    tools: dict[str, ModuleType], tmp_path: Path, static: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = static
+    if name == "megatron_to_hf":
+        source = tmp_path / "megatron"
+        tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(source)])
+        capsys.readouterr()
+    (tmp_path / "afile").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    for out in ("afile/out", "afile/new/out", "n" * 256, f"{'n' * 256}/out", f"new/{'n' * 256}"):
+        line = _error(tools[name], _arguments(name, str(source), str(tmp_path / out)), capsys)
+        assert line.startswith(f"error: {tmp_path / out}: not a usable path")
+        assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "afile").read_text() == "mine"
+    # The longest name there is: the hidden folder beside it must not be longer.
+    assert tools[name].main(_arguments(name, str(source), str(tmp_path / ("n" * 255)))) == 0
+    assert sorted({*tmp_path.iterdir()} - {*before}) == [tmp_path / ("n" * 255)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_that_cannot_be_read(
+    tools: dict[str, ModuleType], tmp_path: Path, static: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    source = tmp_path / "source"
+    folder = source / "hf" if name == "megatron_to_hf" else source
+    if name == "megatron_to_hf":
+        tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(source)])
+    else:
+        shutil.copytree(static, source)
+    capsys.readouterr()
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    line = _error(tools[name], _arguments(name, str(source), str(out)), capsys)
+    assert line == f"error: {folder}/config.json: cannot be read (Is a directory)"
+    for nowhere in ("n" * 256, f"{folder}/config.json/x/y", f"{static}/config.json/x"):
+        assert "no such folder" in _error(tools[name], _arguments(name, nowhere, str(out)), capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_an_unreadable_input_is_named_while_the_output_is_being_written(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    static: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = shutil.copytree(static, tmp_path / "in/hf")
+    (source / "tokenizer.json").write_text("{}")
+
+    def denied(path: Any, target: Any) -> None:
+        if Path(path).name == "tokenizer.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("megatron_zeda.conversion.hf_folder.shutil.copyfile", denied)
+    if name == "hf_to_megatron":
+        monkeypatch.setattr("megatron_zeda.conversion.importing.shutil.copyfile", denied)
+    line = _error(tools[name], _arguments(name, str(source), str(tmp_path / "out")), capsys)
+    assert line == f"error: {source}/tokenizer.json: cannot be read (Permission denied)"
+    monkeypatch.setattr(os, "preadv", _broken_disk)
+    line = _error(tools[name], _arguments(name, str(source), str(tmp_path / "out")), capsys)
+    assert line.startswith(f"error: {source}/model.safetensors: cannot be read (Input/output error)")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def _broken_disk(*args: Any) -> int:
+    raise OSError(errno.EIO, "Input/output error")
+
+
 def test_failure_is_exit_1(
     tools: dict[str, ModuleType], tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)._replace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(tmp_path / "out")]) == 1
