@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_zeda import platform
@@ -29,6 +30,8 @@ from megatron_zeda.config import Config
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.conversion import megatron_io
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
+from megatron_zeda.models import load_hf_config
+from megatron_zeda.models.hf_config import zero_logit_bias
 from megatron_zeda.training.setup import unwrap
 from megatron_zeda.training.signals import helpers_outlive_signals
 
@@ -57,14 +60,26 @@ class Progress:
     skipped_steps: int = 0
 
 
+# Subclasses of RuntimeError that say nothing about a checkpoint: memory, CUDA, NCCL and gloo.
+_MACHINE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+# How torch begins the RuntimeError about a state dict of another model.
+_MISFIT = "Error(s) in loading state_dict"
+
+
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """What can be wrong with a checkpoint, as one clear error."""
+    """What can be wrong with a checkpoint, as one clear error; what is wrong with the machine stays as it is."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     try:
         yield
     except (CheckpointingException, CheckpointException, KeyError, RuntimeError) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        for cause in causes:
+            if isinstance(cause, _MACHINE_ERRORS):
+                raise cause from (None if cause is error else error)
+        if isinstance(error, RuntimeError) and not str(error).startswith(_MISFIT):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ZedaError(
             f"the checkpoint cannot be loaded into this model: {reason}",
@@ -151,6 +166,31 @@ def resume_folder(config: Config) -> Path | None:
     return None
 
 
+# Settings that decide which samples are the first ``consumed_samples`` ones, or which model has seen them.
+_SAME_ON_RESUMING = (
+    ("dataset", "train"),
+    ("dataset", "seed"),
+    ("train", "global_batch_size"),
+    ("model", "checkpoint"),
+)
+
+
+def changed_settings(config: Config, folder: Path) -> list[str]:
+    """What the run that wrote the latest checkpoint in ``folder`` had set differently, a line each."""
+    path = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder)) / "config.yaml"
+    saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    present = yaml.safe_load(to_yaml(config))
+    lines = []
+    for section, name in _SAME_ON_RESUMING:
+        settings = saved.get(section) if isinstance(saved, dict) else None
+        if isinstance(settings, dict) and name in settings and settings[name] != present[section][name]:
+            lines.append(
+                f"warning: {section}.{name} was {settings[name]!r} when the checkpoint was written and is "
+                f"{present[section][name]!r} now: the samples seen so far are not those that the data order skips"
+            )
+    return lines
+
+
 # ---- random states --------------------------------------------------------------------------------------------------
 
 
@@ -197,12 +237,9 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
     partial = final.with_name(f".{final.name}.partial")
     first = torch.distributed.get_rank() == 0
     with _writing(config.save_dir, partial), helpers_outlive_signals():
-        if first:
-            config.save_dir.mkdir(parents=True, exist_ok=True)
-            for left_over in config.save_dir.glob(".iter_*"):
-                shutil.rmtree(left_over)
-            partial.mkdir()
-        torch.distributed.barrier()
+        with _all_or_none(config.save_dir):
+            if first:
+                _begin(partial)
         state = _model_state(chunks)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=dict(_METADATA))
         state |= {
@@ -213,10 +250,34 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
             "iteration": progress.iteration,
         }
         dist_checkpointing.save(state, str(partial), content_metadata=dict(_METADATA))
-        if first:
-            _finish(config, partial, final, progress)
-        torch.distributed.barrier()
+        with _all_or_none(config.save_dir):
+            if first:
+                _finish(config, partial, final, progress)
     return final
+
+
+@contextmanager
+def _all_or_none(folder: Path) -> Iterator[None]:
+    """What one rank does for all: every rank leaves the block when it is done, or raises because it failed."""
+    failure: OSError | ZedaError | None = None
+    try:
+        yield
+    except (OSError, ZedaError) as error:
+        failure = error
+    failures = torch.tensor(float(failure is not None), device=platform.device())
+    torch.distributed.all_reduce(failures)
+    if failure is not None:
+        raise failure
+    if failures > 0:
+        raise ZedaError("another process could not write the checkpoint; its message says why", where=folder)
+
+
+def _begin(partial: Path) -> None:
+    """Make an empty folder, and remove what killed runs left beside it."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in partial.parent.glob(".iter_*"):
+        shutil.rmtree(left_over)
+    partial.mkdir()
 
 
 def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> None:
@@ -228,20 +289,46 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
     manifest |= {"iteration": progress.iteration, "layout": _layout(config), "seed": config.train.seed}
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
-    if not (config.save_dir / "hf").exists():
-        copy = config.save_dir / ".hf.partial"
-        shutil.copytree(source / "hf", copy, dirs_exist_ok=True)
-        os.replace(copy, config.save_dir / "hf")
+    _write_hf_folder(config, source / "hf")
     write_atomically(config.save_dir / "zeda_manifest.json", text)
     if final.exists():  # written, but the run was killed before it became the latest
         shutil.rmtree(final)
     os.replace(partial, final)
     megatron_io.write_latest_iteration(config.save_dir, progress.iteration)
-    if config.checkpoint.keep_last is not None:
-        for old in sorted(config.save_dir.glob("iter_*"))[: -config.checkpoint.keep_last]:
-            doomed = old.with_name(f".{old.name}.deleted")
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
+    for old in _superseded(config, progress.iteration):
+        doomed = old.with_name(f".{old.name}.deleted")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def _write_hf_folder(config: Config, source: Path) -> None:
+    """``<save>/hf``: a copy of the model's, with the dial at which the student is trained (law 6)."""
+    folder = config.save_dir / "hf"
+    if not folder.exists():
+        copy = config.save_dir / ".hf.partial"
+        shutil.copytree(source, copy, dirs_exist_ok=True)
+        os.replace(copy, folder)
+    bias = config.zero_experts.logit_bias
+    if bias is None:
+        assert config.hf_dir is not None  # follows from model.checkpoint
+        bias = zero_logit_bias(load_hf_config(config.hf_dir))
+    values = load_hf_config(folder)
+    if zero_logit_bias(values) != bias:
+        text = json.dumps({**values, "zeda_zero_logit_bias": bias}, indent=2, ensure_ascii=False)
+        write_atomically(folder / "config.json", text + "\n")
+
+
+def _superseded(config: Config, iteration: int) -> list[Path]:
+    """Iterations to remove once ``iteration`` is the latest one.
+
+    Newer ones were written by a run that was killed before it named them, and belong to another past than ours.
+    """
+    found = [path for path in config.save_dir.glob("iter_*") if path.name.removeprefix("iter_").isdigit()]
+    by_number = sorted((int(path.name.removeprefix("iter_")), path) for path in found)
+    stale = [path for number, path in by_number if number > iteration]
+    kept = [path for number, path in by_number if number <= iteration]
+    keep_last = config.checkpoint.keep_last
+    return stale if keep_last is None else stale + kept[:-keep_last]
 
 
 def _layout(config: Config) -> dict[str, Any]:

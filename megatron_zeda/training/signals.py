@@ -18,7 +18,8 @@ def helpers_outlive_signals() -> Iterator[None]:
     """Processes started within the block are deaf to the signals that ask us to stop.
 
     Schedulers signal every process of a job. Megatron-Core's checkpoints have helper processes that would end at once,
-    and take the checkpoint that the signal is about to cause with them. They end when this process does.
+    and take the checkpoint that the signal is about to cause with them. They end when this process does, unless it is
+    killed with SIGKILL: then they stay until they are killed too, as a scheduler does at the end of a job.
     """
     # Starting it unblocks the signals, so it has to be there before they are blocked.
     resource_tracker.ensure_running()
