@@ -6,7 +6,7 @@ V columns of this rank's vocabulary shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,17 +80,17 @@ class TeacherStates:
 
     Attributes:
         hidden: per micro-batch ``[N, H]``, on the last pipeline stage.
-        weight: the output layer's shard ``[V, H]``.
+        weight: the output layer's shard ``[V, H]``, which the states of all batches share.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     weight: Tensor | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory held on this rank."""
-        held = [*self.hidden, *([] if self.weight is None else [self.weight])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+def num_bytes(states: Iterable[TeacherStates]) -> int:
+    """Memory held on this rank by the states of several batches, what they share counted once."""
+    held = {id(tensor): tensor for one in states for tensor in (*one.hidden, one.weight) if tensor is not None}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class FrozenTeacher:
             switched to eval mode and their parameters stop requiring gradients.
         """
         self.chunks: list[Any] = list(chunks)
+        self._weight_VH: Tensor | None = None
         for chunk in self.chunks:
             chunk.eval()
             chunk.requires_grad_(False)
@@ -48,13 +49,15 @@ class FrozenTeacher:
     def states(self, batch: GlobalBatch) -> TeacherStates:
         """Run the teacher over this rank's share of ``batch`` and keep its final hidden states on response tokens.
 
-        A collective call. The result holds a copy of the output layer's weight, so the teacher may be freed afterwards.
+        A collective call. The results hold a copy of the output layer's weight, one for all batches, so the teacher may
+        be freed afterwards.
         """
         kept = TeacherStates()
 
         def on_last_stage(micro: MicroBatch, hidden_BSH: Tensor, weight_VH: Tensor) -> Tensor:
-            if kept.weight is None:
-                kept.weight = weight_VH.detach().clone()
+            if self._weight_VH is None:
+                self._weight_VH = weight_VH.detach().clone()
+            kept.weight = self._weight_VH
             return response_states(hidden_BSH, micro)[0].clone()
 
         kept.hidden = forward_hidden(self.chunks, batch, on_last_stage)

@@ -9,13 +9,13 @@ import torch
 
 from megatron_zeda import platform
 from megatron_zeda.config import Config
-from megatron_zeda.distillation import Scores, TeacherStates
+from megatron_zeda.distillation import Scores, TeacherStates, num_bytes
 from megatron_zeda.training.setup import Data
 from megatron_zeda.training.validation import ValidationResult
 
 
 def lines(
-    config: Config, facts: dict[str, Any], data: Data, chunks: list[Any], teacher: TeacherStates | None
+    config: Config, facts: dict[str, Any], data: Data, chunks: list[Any], teacher: list[TeacherStates] | None
 ) -> list[str]:
     """The derived numbers, one group a line."""
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
@@ -54,8 +54,9 @@ def lines(
         text.append("teacher: none (teacher.checkpoint is null): no parity gate before the first step, no KL")
     else:
         text.append(
-            f"teacher: {config.teacher.checkpoint}, its hidden states on the first held-out batch take "
-            f"{teacher.num_bytes / 2**20:.1f} MiB on this rank"
+            f"teacher: {config.teacher.checkpoint}, its output layer and its hidden states on "
+            f"{'the held-out batches' if data.validation else 'a batch'} ({len(teacher)}) take "
+            f"{num_bytes(teacher) / 2**20:.1f} MiB on this rank"
         )
     return text
 

@@ -43,14 +43,18 @@ def train(config: Config) -> int:
     _quiet_upstream()
     with StopRequest(minutes=config.train.exit_duration_in_mins) as stop:
         created = setup.start_processes(config)
-        finished = False
+        first = torch.distributed.get_rank() == 0
+        returned = complete = False
         try:
-            _run(config, stop)
-            finished = True
+            complete = _run(config, stop)
+            returned = True
         finally:
             # After an error the other ranks may be inside a collective: only the end of the process frees them.
-            if finished or torch.distributed.get_world_size() == 1:
+            if returned or torch.distributed.get_world_size() == 1:
                 setup.end_processes(created)
+    # It may take longer than a collective waits, so nobody waits for it.
+    if complete and config.checkpoint.export_hf and first:
+        _export(config)
     return 0
 
 
@@ -72,21 +76,29 @@ class _Student:
     progress: Progress
 
 
-def _run(config: Config, stop: StopRequest) -> None:
+def _run(config: Config, stop: StopRequest) -> bool:
+    """Everything that needs all ranks.
+
+    Returns:
+        Whether the last step is done.
+    """
     hf_config = _dynamic_hf_config(config)
     data = setup.load_data(config, hf_config)
     train_iters = num_train_iters(config, len(data.train.samples))
     assert train_iters is not None  # the rules of the configuration demand train_iters or train_epochs
     held_out = validation.held_out(config, data.validation) if data.validation else None
     resumed_from = checkpoint.resume_folder(config)
+    if resumed_from is None:
+        _need_no_metrics(config)
 
     # The teacher runs first and is freed: only its hidden states on the held-out batches stay.
     fixture = held_out.batches[0] if held_out else next(training_batches(data.train, seed=0, consumed_samples=0))
-    fixture_states = _run_teacher(config, hf_config, held_out, fixture)
+    teacher_states = _run_teacher(config, hf_config, held_out, fixture)
 
     student = _build_student(config, hf_config, train_iters, from_scratch=resumed_from is None)
-    restored_rng = True
+    restored_rng, changes = True, list[str]()
     if resumed_from is not None:
+        changes = checkpoint.changed_settings(config, resumed_from)
         student.progress, restored_rng = checkpoint.resume(
             config, resumed_from, student.chunks, student.optimizer, student.scheduler
         )
@@ -105,20 +117,33 @@ def _run(config: Config, stop: StopRequest) -> None:
     )
     try:
         facts = derived(config, torch.distributed.get_world_size(), hf_config) | {"train_iters": train_iters}
-        for line in banner.lines(config, facts, data, student.chunks, fixture_states):
+        for line in banner.lines(config, facts, data, student.chunks, teacher_states):
             metrics.say(line)
         if resumed_from is not None:
             note = "" if restored_rng else " (at another layout: random states start anew)"
             metrics.say(f"resuming at step {student.progress.iteration} from {resumed_from}{note}")
-        elif fixture_states is not None:
+            for line in changes:
+                metrics.say(line)
+        elif teacher_states is not None:
             with setup.whole_parameters(student.chunks):
-                gate = parity_gate(student.chunks, fixture_states, fixture, exact=not config.model.bf16)
+                gate = parity_gate(student.chunks, teacher_states[0], fixture, exact=not config.model.bf16)
             metrics.say(banner.gate_line(gate))
         _loop(config, student, data, held_out, train_iters, metrics, stop)
-        if student.progress.iteration >= train_iters and config.checkpoint.export_hf:
-            _export(config, metrics)
     finally:
         metrics.close()
+    return student.progress.iteration >= train_iters
+
+
+def _need_no_metrics(config: Config) -> None:
+    """Refuse to begin in the folder of another run, whose configuration and metrics would be lost."""
+    path = config.run_dir / "metrics.jsonl"
+    if path.is_file() and path.stat().st_size:
+        raise InputError(
+            "the metrics of a run, but no checkpoint to go on from",
+            where=path,
+            rule="a new run needs a folder without metrics.jsonl",
+            fix="choose another logger.run_dir, or remove the file if the run in it may be forgotten",
+        )
 
 
 def _dynamic_hf_config(config: Config) -> dict[str, Any]:
@@ -148,8 +173,8 @@ def _build_student(config: Config, hf_config: dict[str, Any], train_iters: int, 
 
 def _run_teacher(
     config: Config, hf_config: dict[str, Any], held_out: validation.HeldOut | None, fixture: GlobalBatch
-) -> TeacherStates | None:
-    """The teacher's states on the fixture batch; those on all held-out batches go into ``held_out``."""
+) -> list[TeacherStates] | None:
+    """The teacher's states on the held-out batches, which go into ``held_out`` too; without those, on the fixture."""
     if config.teacher.checkpoint is None:
         return None
     folder = Path(config.teacher.checkpoint)
@@ -165,7 +190,7 @@ def _run_teacher(
         raise ZedaError("the teacher's weights changed while it ran", where=folder)
     if held_out:
         held_out.teacher = states
-    return states[0]
+    return states
 
 
 def _check_pair(student: dict[str, Any], teacher: dict[str, Any], folder: Any) -> None:
@@ -289,16 +314,20 @@ def _step_values(
     }
 
 
-def _export(config: Config, metrics: Metrics) -> None:
-    """Write the student as a Hugging Face folder, replacing the one of an earlier end of this run."""
+def _export(config: Config) -> None:
+    """Write the student as a Hugging Face folder, replacing the one of an earlier end of this run; on one rank."""
     from megatron_zeda.conversion import megatron_to_hf
 
-    if torch.distributed.get_rank() == 0:
-        target = config.run_dir / "hf"
-        fresh = config.run_dir / f".hf.new-{os.getpid()}"
-        megatron_to_hf(config.save_dir, fresh)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(fresh, target)
-        metrics.say(f"exported {target}")
-    torch.distributed.barrier()
+    target, fresh = config.run_dir / "hf", config.run_dir / ".hf.new"
+    try:
+        with disk_errors(fresh):
+            if fresh.exists():  # an export was killed
+                shutil.rmtree(fresh)
+            fresh.mkdir()
+            megatron_to_hf(config.save_dir, fresh / "hf")
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(fresh / "hf", target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    print(f"exported {target}", flush=True)

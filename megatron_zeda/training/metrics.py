@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_zeda.errors import disk_errors
+from megatron_zeda.errors import InputError, disk_errors
 
 
 class Metrics:
@@ -40,6 +40,7 @@ class Metrics:
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         # disable=None: no bar when the output is not a terminal.
+        self._last_step = last_step
         self._bar = tqdm(total=last_step, initial=start_step, unit="step", disable=None, file=sys.stderr)
 
     def say(self, text: str) -> None:
@@ -58,7 +59,10 @@ class Metrics:
         self._bar.update(1)
         if values["step"] % self.log_interval:
             return
-        self._bar.set_postfix_str(f"ce {values['ce']:.4f}, skip {100 * values['skip_rate']:.1f} %")
+        if self._bar.disable:
+            self.say(_line(values, self._last_step))
+        else:
+            self._bar.set_postfix_str(f"ce {values['ce']:.4f}, skip {100 * values['skip_rate']:.1f} %")
         self._write_board(values)
 
     def _write_board(self, values: dict[str, Any]) -> None:
@@ -76,6 +80,15 @@ class Metrics:
             self._file.close()
             if self._board is not None:
                 self._board.close()
+
+
+def _line(values: dict[str, Any], last_step: int) -> str:
+    """What a log file shows of a step."""
+    return (
+        f"step {values['step']}/{last_step}: loss {values['loss']:.4f}, ce {values['ce']:.4f}, "
+        f"skip rate {100 * values['skip_rate']:.1f} %, balance {values['balance_loss']:.4f}, "
+        f"grad norm {values['grad_norm']:.4g}, lr {values['lr']:.3g}, {values['tokens_per_second']:,.0f} tokens/s"
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -110,6 +123,14 @@ def _drop_after(path: Path, step: int) -> None:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise InputError(
+                "a line without a step",
+                where=path,
+                value=text[:80],
+                rule="logger.run_dir holds the metrics of this run",
+                fix="move the file away, or choose another logger.run_dir",
+            )
         if line["step"] <= step:
             kept.append(text)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")

@@ -9,7 +9,7 @@ from training_runs import make_config, make_run
 
 from megatron_zeda.conversion.megatron_io import latest_iteration
 from megatron_zeda.data import GlobalBatch, training_batches
-from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate, score
+from megatron_zeda.distillation import FrozenTeacher, TeacherStates, num_bytes, parity_gate, score
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.training import checkpoint, setup
@@ -78,7 +78,14 @@ def test_states_outlive_the_teacher(root: Path, batch: GlobalBatch) -> None:
             parameter.data.zero_()
     assert states.weight is not None and states.weight.abs().sum() > 0
     assert sum(len(hidden) for hidden in states.hidden) == batch.loss_tokens
-    assert states.num_bytes == 4 * 32 * (batch.loss_tokens + 96)
+    assert num_bytes([states]) == 4 * 32 * (batch.loss_tokens + 96)
+
+
+def test_the_states_of_all_batches_share_one_output_layer(root: Path, batch: GlobalBatch) -> None:
+    teacher = FrozenTeacher(build(root, "teacher"))
+    states = [teacher.states(batch) for _ in range(3)]
+    assert states[0].weight is states[1].weight is states[2].weight is not None
+    assert num_bytes(states) == 4 * 32 * (3 * batch.loss_tokens + 96)
 
 
 def test_score_against_the_definition(root: Path, batch: GlobalBatch, monkeypatch: pytest.MonkeyPatch) -> None:

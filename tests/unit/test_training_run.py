@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from traceback import StackSummary
@@ -131,7 +132,9 @@ def zero_selections(folder: Path, rows: list[list[int]]) -> tuple[list[Tensor], 
 
         def count(module: Any, inputs: tuple[Tensor, ...]) -> None:
             weight = module.gate.weight
-            top = (inputs[0].flatten(0, -2) @ weight.t()).topk(2, dim=-1).indices
+            logits = inputs[0].flatten(0, -2) @ weight.t()
+            logits[:, 8:] += getattr(model.config, "zeda_zero_logit_bias", 0.0)
+            top = logits.topk(2, dim=-1).indices
             chosen.append((top >= 8).sum(-1))
 
         layer.mlp.register_forward_pre_hook(count)
@@ -184,6 +187,29 @@ def test_the_first_step_equals_transformers_autograd(root: Path) -> None:
     assert line["ce"] == pytest.approx(total.item() / count, rel=1e-5)
     assert line["loss"] == line["ce"]
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_law_6_the_dial_is_exported(root: Path) -> None:
+    config = make_config(root, "dial")
+    config.train.train_iters, config.checkpoint.save_interval, config.checkpoint.export_hf = 2, 1, True
+    config.zero_experts.logit_bias, config.teacher.checkpoint = -0.5, None
+    assert train(config) == 0
+    samples = samples_of(config, config.dataset.validation)
+    ce, skipped = [], []
+    logits, zeros = zero_selections(config.run_dir / "hf", [sample.tokens[:-1].tolist() for sample in samples])
+    for sample, logits_SV, chosen in zip(samples, logits, zeros, strict=True):
+        predicts = torch.from_numpy(sample.is_response[1:])
+        labels = torch.from_numpy(sample.tokens[1:])[predicts].long()
+        ce.append(-torch.log_softmax(logits_SV[predicts], -1).gather(1, labels[:, None])[:, 0])
+        skipped.append(chosen[:, predicts].double() / 2)
+    last = metrics(config)[-1]["validation"]
+    assert last["skip_rate_per_layer"] == pytest.approx(torch.cat(skipped, dim=1).mean(1).tolist(), abs=1e-12)
+    assert last["ce"] == pytest.approx(torch.cat(ce).mean().item(), rel=1e-5)
+
+    # Turned back, it is turned back in the export too.
+    config.zero_experts.logit_bias, config.train.train_iters = None, 3
+    assert train(config) == 0
+    assert json.loads((config.run_dir / "hf" / "config.json").read_text())["zeda_zero_logit_bias"] == 0
 
 
 def test_held_out_numbers_equal_transformers(root: Path, whole: Config) -> None:
@@ -299,6 +325,47 @@ def test_alpha_means_the_same_whatever_the_share_of_response_tokens(root: Path) 
     assert norms[0] > 1e-3 and norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
+def test_the_balancing_gradient_equals_autograd_of_the_equation(root: Path) -> None:
+    """Alpha times equation 5, summed over layers, its mean over micro-batches: no constant factor may slip in."""
+    from transformers import AutoModelForCausalLM
+
+    config = make_config(root, "balance-autograd")
+    config.train.train_iters, config.distillation.cross_entropy = 1, 0.0
+    config.zero_experts.balance_coeff, config.teacher.checkpoint = 0.3, None
+    assert train(config) == 0
+
+    samples = samples_of(config, config.dataset.train)
+    order = BatchOrder(len(samples), seed=config.dataset.seed)
+    model = AutoModelForCausalLM.from_pretrained(root / "student_hf", trust_remote_code=True)
+    real, zero, top_k = 8, 4, 2
+    weight = 2.0  # of the zero group: half of the selections, E = 8 and Z = 4
+    total = torch.zeros((), dtype=torch.float64)
+    for start in (0, 4):  # micro-batches of four sequences
+        router_logits: list[list[Tensor]] = [[], []]
+        hooks = [
+            layer.mlp.register_forward_pre_hook(
+                lambda module, inputs, found=found: found.append(inputs[0].flatten(0, -2) @ module.gate.weight.t())
+            )
+            for layer, found in zip(model.model.layers, router_logits, strict=True)
+        ]
+        for index in range(start, start + 4):
+            model(torch.from_numpy(samples[order[index]].tokens).long()[None, :-1])
+        for hook in hooks:
+            hook.remove()
+        for found in router_logits:
+            logits_TG = torch.cat(found).double()
+            p_TG = torch.softmax(logits_TG, -1)
+            p_E, p_Z = p_TG[:, :real].sum(-1).mean(), p_TG[:, real:].sum(-1).mean()
+            f_Z = (logits_TG.topk(top_k, -1).indices >= real).double().sum(-1).mean()
+            balance = (top_k - f_Z) * p_E / real + f_Z * p_Z / (weight * zero)
+            total = total + 0.3 * (real + weight * zero) / top_k * balance / 2
+    total.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    [line] = metrics(config)
+    assert norm > 1e-3 and line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert line["loss"] == pytest.approx(total.item(), rel=1e-5)
+
+
 # ---- trouble ---------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +437,131 @@ def test_only_the_last_checkpoints_are_kept(root: Path) -> None:
     config.train.train_iters = 4
     train(config)
     assert [path.name for path in sorted(config.save_dir.glob("iter_*"))] == ["iter_0000003", "iter_0000004"]
+
+
+@pytest.mark.parametrize("keep_last", [None, 1])
+def test_stale_newer_checkpoints_give_way_to_the_one_just_written(
+    root: Path, whole: Config, keep_last: int | None
+) -> None:
+    config = make_config(root, f"stale-{keep_last}")
+    config.checkpoint.save_interval, config.checkpoint.keep_last, config.train.train_iters = 3, keep_last, 4
+    shutil.copytree(whole.run_dir, config.run_dir)
+    # Killed after the rename of step 6's folder and before the tracker named it.
+    (config.save_dir / "latest_checkpointed_iteration.txt").write_text("3")
+    assert train(config) == 0
+    kept = ["iter_0000004"] if keep_last else ["iter_0000003", "iter_0000004"]
+    assert sorted(path.name for path in config.save_dir.glob("iter_*")) == kept
+    assert (config.save_dir / "latest_checkpointed_iteration.txt").read_text() == "4\n"
+    config.train.train_iters = 5
+    assert train(config) == 0
+
+
+def test_a_new_run_does_not_destroy_another_one(root: Path) -> None:
+    config = make_config(root, "taken")
+    config.run_dir.mkdir()
+    (config.run_dir / "prompts").mkdir()  # other files are no obstacle, nor are metrics without a line
+    (config.run_dir / "metrics.jsonl").touch()
+    config.train.train_iters, config.teacher.checkpoint = 1, None
+    assert train(config) == 0
+    shutil.rmtree(config.save_dir)
+    (config.run_dir / "config.yaml").write_text("precious")
+    before = digest(config.run_dir)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: the metrics of a run, but no checkpoint .*; choose another"):
+        train(config)
+    assert digest(config.run_dir) == before
+
+
+def test_settings_that_change_the_samples_are_named_on_resuming(
+    root: Path, whole: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(root, "other-data")
+    shutil.copytree(whole.run_dir, config.run_dir)
+    config.train.train_iters, config.teacher.checkpoint = 7, None
+    assert train(config) == 0
+    assert "warning" not in capsys.readouterr().out
+    config.train.train_iters, config.dataset.seed, config.train.global_batch_size = 8, 77, 4
+    config.dataset.train = [str(root / "validation.jsonl")]
+    shutil.copytree(root / "student", root / "student-copy")
+    config.model.checkpoint = str(root / "student-copy")
+    assert train(config) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.split()[1] for line in warnings] == [
+        "dataset.train", "dataset.seed", "train.global_batch_size", "model.checkpoint",
+    ]  # fmt: skip
+    assert f"was {whole.dataset.seed} when the checkpoint was written and is 77 now" in warnings[1]
+
+
+def test_foreign_lines_among_the_metrics_are_named(root: Path, whole: Config) -> None:
+    config = make_config(root, "foreign-metrics")
+    shutil.copytree(whole.run_dir, config.run_dir)
+    (config.run_dir / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl: a line without a step"):
+        train(config)
+
+
+def test_without_a_terminal_every_interval_has_a_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(root, "lines")
+    config.train.train_iters, config.logger.log_interval, config.teacher.checkpoint = 5, 2, None
+    assert train(config) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d+/5: ", line)]
+    assert [line.split(":")[0] for line in lines] == ["step 2/5", "step 4/5"]
+    step = metrics(config)[3]
+    assert lines[1].startswith(
+        f"step 4/5: loss {step['loss']:.4f}, ce {step['ce']:.4f}, skip rate {100 * step['skip_rate']:.1f} %, "
+        f"balance {step['balance_loss']:.4f}, grad norm {step['grad_norm']:.4g}, lr {step['lr']:.3g}, "
+    )
+    assert re.search(r", [\d,]+ tokens/s$", lines[1])
+
+
+def test_the_export_needs_no_process_group(root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import parallel_state
+
+    from megatron_zeda import conversion
+
+    real = conversion.megatron_to_hf
+    config = make_config(root, "export")
+    config.checkpoint.export_hf, config.teacher.checkpoint = True, None
+    shutil.copytree(whole.run_dir, config.run_dir)
+    (config.run_dir / ".hf.new" / "hf").mkdir(parents=True)  # an export was killed
+    (config.run_dir / "hf" / "config.json").unlink()
+
+    def export(megatron: Path, hf: Path) -> Any:
+        assert not parallel_state.model_parallel_is_initialized()
+        return real(megatron, hf)
+
+    monkeypatch.setattr(conversion, "megatron_to_hf", export)
+    assert train(config) == 0
+    assert (config.run_dir / "hf" / "config.json").is_file()
+
+    def fail(megatron: Path, hf: Path) -> Any:
+        hf.mkdir()
+        raise ZedaError("broken")
+
+    monkeypatch.setattr(conversion, "megatron_to_hf", fail)
+    with pytest.raises(ZedaError, match="broken"):
+        train(config)
+    assert (config.run_dir / "hf" / "config.json").is_file() and not list(config.run_dir.glob(".*"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.distributed.DistBackendError, RuntimeError])
+def test_trouble_of_the_machine_is_not_blamed_on_the_checkpoint(
+    root: Path, monkeypatch: pytest.MonkeyPatch, kind: type[RuntimeError], wrapped: bool
+) -> None:
+    from megatron.core import dist_checkpointing
+
+    if wrapped and kind is RuntimeError:
+        pytest.skip("the reader's own errors are about the checkpoint")
+    error = kind("CUDA out of memory")
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise CheckpointException("read", {0: (error, StackSummary())}) if wrapped else error
+
+    monkeypatch.setattr(dist_checkpointing, "load", load)
+    config = make_config(root, f"machine-{kind.__name__}-{wrapped}")
+    with pytest.raises(kind, match="CUDA out of memory") as caught:
+        train(config)
+    assert caught.value is error
 
 
 def test_bad_checkpoints(root: Path, whole: Config, tmp_path: Path) -> None:
