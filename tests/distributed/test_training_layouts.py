@@ -1,5 +1,6 @@
 """Law 3, its first part: stage 1 at several layouts equals one process that sees the same global batches."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from spawn import run_distributed
 from training_runs import make_config, make_run
 
 from megatron_zeda.conversion import megatron_to_hf, verify_checkpoint
+from megatron_zeda.errors import ZedaError
 
 pytestmark = pytest.mark.distributed
 
@@ -95,6 +97,29 @@ def test_one_process_goes_on_from_a_checkpoint_of_another_layout(runs: Path, nam
         assert other["ce"] == pytest.approx(one["ce"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         assert other["skip_rate_per_layer"] == pytest.approx(one["skip_rate_per_layer"], abs=1e-12)
+
+
+def save_on_a_full_disk(rank: int, world_size: int, root: str, name: str) -> str:
+    """The message of the error that a save ends with, on every rank."""
+    from megatron_zeda.training import checkpoint
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    setattr(checkpoint, name, full)  # only the first rank calls it
+    try:
+        train_one(Path(root), f"full{name}", {**DP, "train.train_iters": 1, "dataset.validation": []})
+    except ZedaError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("name", ["_begin", "_finish"])
+def test_all_ranks_know_that_a_save_failed(runs: Path, name: str) -> None:
+    first, second = run_distributed(save_on_a_full_disk, 2, str(runs), name)
+    assert "the disk is full" in first
+    assert "another process could not write the checkpoint" in second
+    assert not list((runs / f"full{name}").glob("checkpoints/*iter*"))
 
 
 def test_overlapped_parameters_are_whole_in_the_checkpoint(runs: Path) -> None:
