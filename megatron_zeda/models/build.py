@@ -67,12 +67,18 @@ def parallel_problems(
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
 ) -> list[str]:
-    """One line for every size of the model that the parallel layout does not divide."""
+    """One line for every parallel size that is not one, and for every size of the model that one does not divide."""
     family = family_for(hf_config)
     values = family.transformer_config_kwargs(hf_config)
     expert_tp = tensor_model_parallel_size if expert_tensor_parallel_size is None else expert_tensor_parallel_size
     tp = ("tensor_model_parallel_size", tensor_model_parallel_size)
     ep = ("expert_model_parallel_size", expert_model_parallel_size)
+    sizes = [tp, ep]
+    if expert_tensor_parallel_size is not None:
+        sizes.append(("expert_tensor_parallel_size", expert_tensor_parallel_size))
+    wrong = [f"{name} {size!r} is not a positive integer" for name, size in sizes if type(size) is not int or size < 1]
+    if wrong:
+        return wrong
     checks = [
         ("num_attention_heads", values["num_attention_heads"], *tp),
         ("vocab_size", family.gpt_model_kwargs(hf_config)["vocab_size"], *tp),

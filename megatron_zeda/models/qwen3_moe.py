@@ -48,6 +48,10 @@ class Qwen3Moe(Family):
             need_int(hf_config, key)
         for key in ("moe_intermediate_size", "max_position_embeddings"):
             need_int(hf_config, key)
+        if "intermediate_size" in hf_config:
+            need_int(hf_config, "intermediate_size")
+        if "initializer_range" in hf_config:
+            need_float(hf_config, "initializer_range")
         need_float(hf_config, "rms_norm_eps")
         need_bool(hf_config, "norm_topk_prob")
         rope_theta(hf_config)
@@ -64,7 +68,9 @@ class Qwen3Moe(Family):
             raise InputError(
                 "`num_key_value_heads` is wrong", where=where, value=groups, rule=f"a divisor of {heads} heads"
             )
-        if "head_dim" not in hf_config and hf_config["hidden_size"] % heads:
+        if hf_config.get("head_dim") is not None:
+            need_int(hf_config, "head_dim")
+        elif hf_config["hidden_size"] % heads:
             raise InputError(
                 "`head_dim` is missing", where=where, rule=f"hidden_size is not a multiple of {heads} heads"
             )

@@ -255,3 +255,42 @@ def test_overrides_win_and_are_checked() -> None:
         build_transformer_config(_config(), moe_router_top_k=4)
     with pytest.raises(InputError, match="Megatron-Core refuses"):
         build_transformer_config(_config(), moe_router_topk=1)
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5, "2", True])
+@pytest.mark.parametrize(
+    "name", ["tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"]
+)
+def test_parallel_sizes_that_are_none(name: str, size: Any) -> None:
+    found = parallel_problems(_config(), **{name: size})
+    assert found[0] == f"{name} {size!r} is not a positive integer"
+    with pytest.raises(InputError, match=f"{name} .*is not a positive integer"):
+        build_transformer_config(_config(), **{name: size})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("initializer_range", "a"),
+        ("initializer_range", None),
+        ("initializer_range", -0.02),
+        ("intermediate_size", "x"),
+        ("intermediate_size", None),
+        ("intermediate_size", 0),
+        ("head_dim", "128"),
+        ("head_dim", 0),
+    ],
+)
+def test_optional_keys_are_checked_when_they_are_there(key: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"`{key}` is wrong"):
+        family_for(_config(**{key: value}))
+    if key != "head_dim":
+        family_for(_config(**{key: ...}))
+
+
+@pytest.mark.parametrize("value", [..., None])
+def test_a_head_size_that_does_not_follow_from_the_others(value: Any) -> None:
+    with pytest.raises(InputError, match="`head_dim` is missing"):
+        family_for(_config(head_dim=value, hidden_size=2050))
+    config = _config(head_dim=value)
+    assert family_for(config).transformer_config_kwargs(config)["kv_channels"] == 64
