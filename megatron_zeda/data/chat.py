@@ -145,7 +145,8 @@ def encode_messages(messages: Any, tokenizer: ChatTokenizer, *, where: str) -> l
 
     The response of a turn is what follows the generation prompt, up to and including the end-of-turn token. A template
     that rewrites history (drops the reasoning of earlier turns, say) makes every assistant turn a sample of its own,
-    because that is what the model sees when it answers that turn.
+    because that is what the model sees when it answers that turn. So does a tokenizer that reads a finished turn
+    otherwise than it was generated.
 
     Returns:
         One ``(ids, is_response)`` per sample.
@@ -159,15 +160,20 @@ def encode_messages(messages: Any, tokenizer: ChatTokenizer, *, where: str) -> l
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.encode_chat(messages[:index], add_generation_prompt=True)
-        full = tokenizer.encode_chat(messages[: index + 1], add_generation_prompt=False)
-        if full[: len(prompt)] != prompt:
+        prompt_text = tokenizer.render_chat(messages[:index], add_generation_prompt=True)
+        text = tokenizer.render_chat(messages[: index + 1], add_generation_prompt=False)
+        if not text.startswith(prompt_text):
             raise InputError(
                 "the chat template's generation prompt is not the beginning of the rendered answer",
                 where=where,
                 rule="prompt and response must be separable",
                 fix="mend the template, or train on rollouts, whose token ids are used as they are",
             )
+        prompt, full = tokenizer.encode_rendered(prompt_text), tokenizer.encode_rendered(text)
+        if full[: len(prompt)] != prompt:
+            # A token of the whole reaches across the boundary ("assistant\n" and an answer that begins with a newline).
+            # Generation starts after the tokens of the prompt alone.
+            full = prompt + tokenizer.encode_rendered(text.removeprefix(prompt_text))
         end = _end_of_turn(full, len(prompt), tokenizer.eos_token_id)
         if end == len(prompt):
             raise InputError("the assistant turn is empty", where=where, value=index, fix="delete the line")

@@ -17,6 +17,14 @@ class ChatTokenizer(Protocol):
 
     eos_token_id: int | None
 
+    def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        """Render ``messages`` with the chat template."""
+        ...
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of (a part of) a rendered chat: special tokens that are written out, none that are not."""
+        ...
+
     def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
         """Render ``messages`` with the chat template and return token ids."""
         ...
@@ -49,13 +57,20 @@ class HuggingFaceTokenizer:
         self.folder = folder
         self.eos_token_id: int | None = self.tokenizer.eos_token_id
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+    def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         if not self.tokenizer.chat_template:
             raise _no_template(self.folder)
-        ids = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         )
-        return [int(i) for i in ids]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode(text)  # which knows special tokens where they are written out
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+        return self.encode_rendered(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
 
     def encode(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
@@ -86,7 +101,7 @@ class SentencePieceTokenizer:
             "bos_token": self.processor.id_to_piece(bos) if bos >= 0 else "",
         }
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+    def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         if self.chat_template is None:
             raise _no_template(self.model_file)
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -97,15 +112,18 @@ class SentencePieceTokenizer:
             add_generation_prompt=add_generation_prompt,
             **self.special,
         )
-        return self._encode_with_special(rendered[0])
+        return str(rendered[0])
 
-    def _encode_with_special(self, text: str) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+        return self.encode_rendered(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
+
+    def encode_rendered(self, text: str) -> list[int]:
         """sentencepiece never produces its control pieces (bos, eos) from text: split the text at them ourselves."""
         for name, piece in self.special.items():
             if piece and piece in text:
                 head, tail = text.split(piece, 1)
                 own = self.processor.eos_id() if name == "eos_token" else self.processor.bos_id()
-                return [*self._encode_with_special(head), own, *self._encode_with_special(tail)]
+                return [*self.encode_rendered(head), own, *self.encode_rendered(tail)]
         return self.encode(text) if text else []
 
     def encode(self, text: str) -> list[int]:

@@ -30,7 +30,13 @@ class WordTokenizer:
         words = {number: word for word, number in self.ids.items()}
         return " ".join(words[i] for i in ids)
 
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def encode_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         words = []
         for index, message in enumerate(messages):
             content = message["content"]
@@ -39,7 +45,7 @@ class WordTokenizer:
             words.append(f"<{message['role']}> {content} <eos> \\n")
         if add_generation_prompt:
             words.append("<assistant> hello" if self.greet else "<assistant>")
-        return self.encode(" ".join(words))
+        return " ".join(words)
 
 
 def chat(*turns: str) -> list[dict[str, str]]:

@@ -73,6 +73,47 @@ def test_hugging_face_folder(hf_folder: Path) -> None:
     assert tokenizer.encode("one two") == [4, 5]
 
 
+@pytest.fixture
+def newlines(tmp_path: Path) -> HuggingFaceTokenizer:
+    """As Qwen's: a run of newlines is one token. Adds a bos when it is allowed to add special tokens."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "hi", "hello"]
+    words += ["\n" * n for n in range(1, 5)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+|[^\n]+"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<s>", "<|im_start|>"]})
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    fast.save_pretrained(tmp_path)
+    return HuggingFaceTokenizer(tmp_path)
+
+
+def test_an_answer_that_begins_with_what_the_prompt_ends_with(newlines: HuggingFaceTokenizer) -> None:
+    start, end, user, assistant, hi, hello, one, two, three = 2, 3, 4, 5, 6, 7, 8, 9, 10
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\n\nhello"}]
+    assert three in newlines.encode_chat(chat, add_generation_prompt=False)  # the merge across the boundary
+    question = [start, user, one, hi, end, one]
+    prompt, answer = [*question, start, assistant, one], [two, hello, end]
+    assert newlines.encode_chat(chat[:1], add_generation_prompt=True) == prompt  # what generation starts from
+    [(ids, mask)] = encode_messages(chat, newlines, where="f:1")
+    assert ids == [*prompt, *answer]
+    assert mask == [False] * len(prompt) + [True] * len(answer)
+    # In a later turn's prompt the first answer is read as one text, so each turn is what generation saw.
+    first, second = encode_messages([*chat, *MESSAGES_HI], newlines, where="f:1")
+    assert first == (ids, mask)
+    assert second[0] == [*question, start, assistant, three, hello, end, one, *prompt, hello, end]
+    assert second[1].index(True) == len(second[0]) - 2
+
+
+MESSAGES_HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
 def test_no_tokenizer_is_legal(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert load_tokenizer(tmp_path) is None
