@@ -12,7 +12,9 @@ Keys of the result (those of a measurement that was not asked for are absent):
                                 skip_rate_prompt_per_layer for the prompt tokens; response_tokens and prompt_tokens are
                                 the counts
     expert_flops_saved          1 - real rows / (T K) over prompt and response tokens and all layers; K of config.json
-    theoretical_speedup         static over dynamic FLOPs at the mean lengths of the rollouts (prefill, decode, total)
+    theoretical_speedup         static over dynamic FLOPs at the mean lengths of the rollouts (prefill, decode, total),
+                                prefill with prompt_saved, decode with response_saved: the shares of the K slots of
+                                config.json that prompt and response tokens do not compute
     perplexity                  of the held-out text; perplexity_tokens
     inputs                      the files that were read, how much of them, who made the rollouts; teacher
     seconds                     per measurement
@@ -229,15 +231,27 @@ def _accuracy(engine: TransformersEngine, prompts: Sequence[Prompt], inputs: Eva
 def _savings(
     engine: TransformersEngine, real_rows: int, tokens: int, scores: dict[str, Any], count: int
 ) -> dict[str, Any]:
-    saved = expert_flops_saved(real_rows, tokens, engine.config["num_experts_per_tok"])
-    shape = LayerShape.from_hf_config(engine.config)
-    prompt = max(1, round(scores["prompt_tokens"] / count) + 1)
-    response = max(1, round(scores["response_tokens"] / count))
-    speedup = theoretical_speedup(shape, saved, prompt=prompt, response=response)
-    return {
-        "expert_flops_saved": saved,
-        "theoretical_speedup": {**speedup, "prompt_tokens": prompt, "response_tokens": response},
+    full_topk, topk = engine.config["num_experts_per_tok"], engine.model.config.num_experts_per_tok
+    saved = expert_flops_saved(real_rows, tokens, full_topk)
+
+    def saved_by(skip_rate: float | None) -> float:
+        """From a share of the K slots in use to one of those of config.json; prompts of one token say nothing."""
+        return saved if skip_rate is None else 1 - (1 - skip_rate) * topk / full_topk
+
+    speedup = {
+        "prompt_saved": saved_by(scores["skip_rate_prompt"]),
+        "response_saved": saved_by(scores["skip_rate"]),
+        "prompt_tokens": max(1, round(scores["prompt_tokens"] / count) + 1),
+        "response_tokens": max(1, round(scores["response_tokens"] / count)),
     }
+    found = theoretical_speedup(
+        LayerShape.from_hf_config(engine.config),
+        prompt_skip_rate=speedup["prompt_saved"],
+        response_skip_rate=speedup["response_saved"],
+        prompt=speedup["prompt_tokens"],
+        response=speedup["response_tokens"],
+    )
+    return {"expert_flops_saved": saved, "theoretical_speedup": {**found, **speedup}}
 
 
 def _describe(engine: TransformersEngine) -> dict[str, Any]:

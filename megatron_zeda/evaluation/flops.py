@@ -74,12 +74,15 @@ class LayerShape:
         return 4 * (1 + self.kv_share) * length * self.hidden * self.attention
 
 
-def theoretical_speedup(shape: LayerShape, skip_rate: float, *, prompt: int, response: int) -> dict[str, float]:
+def theoretical_speedup(
+    shape: LayerShape, *, prompt_skip_rate: float, response_skip_rate: float, prompt: int, response: int
+) -> dict[str, float]:
     """Return static over dynamic FLOPs: the most that skipping could gain.
 
     Args:
         shape: the dynamic layer (its static counterpart has the same sizes and no zero experts).
-        skip_rate: share of the K slots that go to zero experts.
+        prompt_skip_rate: share of the K slots of prompt tokens that are not computed: what prefill saves.
+        response_skip_rate: the same of response tokens: what decoding saves.
         prompt: tokens of the prompt, at least 1.
         response: tokens generated after it, at least 1.
 
@@ -87,10 +90,10 @@ def theoretical_speedup(shape: LayerShape, skip_rate: float, *, prompt: int, res
         ``prefill``, ``decode`` (after the prompt) and ``total`` of both.
     """
     static = shape.static()
-    prefill = static.prefill_flops(prompt), shape.prefill_flops(prompt, skip_rate)
+    prefill = static.prefill_flops(prompt), shape.prefill_flops(prompt, prompt_skip_rate)
     decode = (
         static.decode_flops(response, prefix=prompt),
-        shape.decode_flops(response, skip_rate, prefix=prompt),
+        shape.decode_flops(response, response_skip_rate, prefix=prompt),
     )
     return {
         "prefill": prefill[0] / prefill[1],

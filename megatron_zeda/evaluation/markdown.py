@@ -101,8 +101,9 @@ def _savings(built: Mapping[str, Any]) -> str:
         return ""
     return (
         f"By the paper's FLOP model, a layer of the student needs {found['total']:.2f} times fewer FLOPs than "
-        f"its static form (prefill {found['prefill']:.2f}, decode {found['decode']:.2f}, at {found['prompt_tokens']} "
-        f"prompt and {found['response_tokens']} response tokens). That is a bound from counting, not a measured speed."
+        f"its static form (prefill {found['prefill']:.2f} at {found['prompt_tokens']} prompt tokens that skip "
+        f"{_percent(found.get('prompt_saved'))}, decode {found['decode']:.2f} at {found['response_tokens']} response "
+        f"tokens that skip {_percent(found.get('response_saved'))}). That is a bound from counting, not a measured speed."
     )
 
 

@@ -16,6 +16,7 @@ from megatron_zeda.errors import InputError
 from megatron_zeda.evaluation import cli
 from megatron_zeda.evaluation.accuracy import wilson_interval
 from megatron_zeda.evaluation.evaluate import EvaluationInputs, evaluate
+from megatron_zeda.evaluation.flops import LayerShape
 from megatron_zeda.rollout import Sampling, TransformersEngine, rollout
 from megatron_zeda.rollout.hf_folder import weights_version
 
@@ -77,7 +78,15 @@ def test_the_student(files: dict[str, Path], tiny_static: Path, tiny_dynamic: Pa
     tokens = found["response_tokens"] + found["prompt_tokens"]
     mean = found["skip_rate"] * found["response_tokens"] + found["skip_rate_prompt"] * found["prompt_tokens"]
     assert found["expert_flops_saved"] == pytest.approx(mean / tokens)
-    assert found["theoretical_speedup"]["response_tokens"] == round(found["response_tokens"] / 6)
+    speedup = found["theoretical_speedup"]
+    assert speedup["response_tokens"] == round(found["response_tokens"] / 6)
+    assert found["skip_rate_prompt"] != pytest.approx(found["skip_rate"])
+    shape = LayerShape.from_hf_config(json.loads((tiny_dynamic / "config.json").read_text()))
+    prompt, response, static = speedup["prompt_tokens"], speedup["response_tokens"], shape.static()
+    prefill = static.prefill_flops(prompt) / shape.prefill_flops(prompt, found["skip_rate_prompt"])
+    decode = static.decode_flops(response, prefix=prompt)
+    decode /= shape.decode_flops(response, found["skip_rate"], prefix=prompt)
+    assert speedup["prefill"] == pytest.approx(prefill) and speedup["decode"] == pytest.approx(decode)
     assert found["model"]["num_zero_experts"] == 4
     assert set(found["seconds"]) == {"load", "accuracy", "rollouts", "text"}
 
@@ -88,6 +97,7 @@ def test_halving_k_saves_half_of_the_experts_and_skips_nothing(files: dict[str, 
     )
     assert found["skip_rate"] == 0
     assert found["expert_flops_saved"] == 0.5
+    assert found["theoretical_speedup"]["prompt_saved"] == found["theoretical_speedup"]["response_saved"] == 0.5
     assert found["kl_to_teacher"] > 0
     assert found["model"]["num_experts_per_token"] == 2
     assert "accuracy" not in found and "perplexity" not in found

@@ -48,12 +48,28 @@ def test_decode_is_the_direct_count(shape: LayerShape, length: int, prefix: int)
     assert shape.decode_flops(length, 0.5, prefix=prefix) == pytest.approx(wanted, rel=1e-12)
 
 
+def speedup(shape: LayerShape, skip_rate: float, *, prompt: int, response: int) -> dict[str, float]:
+    return theoretical_speedup(
+        shape, prompt_skip_rate=skip_rate, response_skip_rate=skip_rate, prompt=prompt, response=response
+    )
+
+
+def test_prefill_and_decode_have_their_own_skip_rates() -> None:
+    found = theoretical_speedup(QWEN, prompt_skip_rate=0.8, response_skip_rate=0.3, prompt=50, response=20)
+    assert found["prefill"] == speedup(QWEN, 0.8, prompt=50, response=20)["prefill"]
+    assert found["decode"] == speedup(QWEN, 0.3, prompt=50, response=20)["decode"]
+    static = QWEN.static()
+    wanted = static.prefill_flops(50) + static.decode_flops(20, prefix=50)
+    wanted /= QWEN.prefill_flops(50, 0.8) + QWEN.decode_flops(20, 0.3, prefix=50)
+    assert found["total"] == pytest.approx(wanted, rel=1e-12)
+
+
 def test_worked_shape() -> None:
     """Qwen3-30B-A3B: 75.5 MFLOP of experts per token, and the prefill ratios of half of them skipped."""
     assert QWEN.expert_flops(1) == 6 * 8 * 2048 * 768 == 75_497_472
     assert QWEN.moe_flops(1) - QWEN.expert_flops(1) == 2 * 192 * 2048
     for length, wanted in ((1, 1.49), (4096, 1.26)):
-        found = theoretical_speedup(QWEN, 0.5, prompt=length, response=1)["prefill"]
+        found = speedup(QWEN, 0.5, prompt=length, response=1)["prefill"]
         projections, scores = 4 * 9 / 8 * 2048 * 4096, 4 * length * 4096
         static = 75_497_472 + 2 * 128 * 2048 + projections + scores
         dynamic = 75_497_472 / 2 + 2 * 192 * 2048 + projections + scores
@@ -62,10 +78,10 @@ def test_worked_shape() -> None:
 
 
 def test_speedup_of_nothing_skipped_is_the_price_of_the_wider_router() -> None:
-    found = theoretical_speedup(QWEN, 0.0, prompt=100, response=100)
+    found = speedup(QWEN, 0.0, prompt=100, response=100)
     assert all(0.99 < value < 1 for value in found.values())
     static = QWEN.static()
-    assert theoretical_speedup(static, 0.0, prompt=3, response=2) == {"prefill": 1.0, "decode": 1.0, "total": 1.0}
+    assert speedup(static, 0.0, prompt=3, response=2) == {"prefill": 1.0, "decode": 1.0, "total": 1.0}
 
 
 def test_shape_of_a_configuration() -> None:

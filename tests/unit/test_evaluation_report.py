@@ -47,6 +47,7 @@ def evaluation(name: str) -> dict[str, Any]:
     }
     if name == "student":
         speedup = {"prefill": 1.2, "decode": 1.3, "total": 1.25, "prompt_tokens": 7, "response_tokens": 5}
+        speedup |= {"prompt_saved": 0.75, "response_saved": 0.5}
         result["theoretical_speedup"] = speedup
     return result
 
@@ -81,6 +82,8 @@ def test_report_json_has_what_was_promised(run_dir: Path) -> None:
     assert written["expert_flops_saved"] == 0.5
     assert written["seconds"] == {"rollout": 50.5, "training": 100.0}
     assert written["theoretical_speedup"]["total"] == 1.25
+    text = (run_dir / "report.md").read_text()
+    assert "prefill 1.20 at 7 prompt tokens that skip 75.0 %, decode 1.30 at 5 response tokens that skip 50.0 %" in text
     assert written["training"]["steps"] == 3
     assert written["training"]["first"]["loss"] == 2.0
 
