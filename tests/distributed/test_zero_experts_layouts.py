@@ -1,7 +1,8 @@
 """Laws 2 and 3 over gloo: every layout gives the loss, gradients and statistics of one process.
 
-One set of four processes runs all layouts in turn. The reference is a single process with stock Megatron-Core layers
-whose extra experts are all zero where the layout allows it, and the same model in one process otherwise.
+One set of four processes runs all layouts in turn, and one process runs the same global batches: that is the reference
+for law 3. (That one process is right is what tests/unit/test_zero_experts_layer.py shows, against stock layers whose
+extra experts are all zero; the last test here shows the same over expert-parallel ranks.)
 """
 
 from __future__ import annotations
@@ -41,24 +42,31 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], bool]] = {
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
+        True,
+    ),
+    "TP2 x DP2, allgather, mean loss": (
+        {"tensor_model_parallel_size": 2},
+        {"sequence_parallel": True, "moe_token_dispatcher_type": "allgather", "calculate_per_token_loss": False},
         False,
     ),
 }
 
 
 def _config(changes: dict[str, Any], sizes: dict[str, int]) -> Any:
-    changes = {**changes, **sizes}
-    return layer_config(
-        num_layers=4,
-        calculate_per_token_loss=True,
-        zero_expert_balance_coeff=0.5,
-        pipeline_dtype=torch.float32,
-        **changes,
-    )
+    settings = {
+        "num_layers": 4,
+        "calculate_per_token_loss": True,
+        "zero_expert_balance_coeff": 0.5,
+        "pipeline_dtype": torch.float32,
+    }
+    return layer_config(**(settings | changes | sizes))
 
 
-def _batch(padded: bool) -> list[dict[str, torch.Tensor]]:
-    """Per micro-step: tokens, labels, loss mask (responses only) and padding mask, each ``[SAMPLES, SEQ]``."""
+def _batch(padded: bool, mean_loss: bool) -> list[dict[str, torch.Tensor]]:
+    """Per micro-step: tokens, labels, loss mask (responses only) and padding mask, each ``[SAMPLES, SEQ]``.
+
+    With a mean loss every token carries loss: Megatron averages the ranks' means, so they must count alike.
+    """
     generator = torch.Generator().manual_seed(11)
     steps = []
     for step in range(MICRO_STEPS):
@@ -67,7 +75,7 @@ def _batch(padded: bool) -> list[dict[str, torch.Tensor]]:
         lengths = torch.tensor([SEQ, SEQ - 5, SEQ - 1, 6]) if padded else torch.full((SAMPLES,), SEQ)
         prompts = torch.tensor([2, 5, 7, 3]) + step
         padding = positions >= lengths[:, None]
-        loss_mask = (positions >= prompts[:, None]) & ~padding
+        loss_mask = ((positions >= prompts[:, None]) | mean_loss) & ~padding
         steps.append({"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": loss_mask, "padding_mask": padding})
     return steps
 
@@ -116,7 +124,7 @@ def _train_step(config: Any, model: torch.nn.Module, padded: bool) -> dict[str, 
 
     dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     mine = slice(dp_rank * SAMPLES // dp_size, (dp_rank + 1) * SAMPLES // dp_size)
-    steps = _batch(padded)
+    steps = _batch(padded, mean_loss=not config.calculate_per_token_loss)
     set_loss_tokens(sum(int(step["loss_mask"].sum()) for step in steps) / MICRO_STEPS)
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
