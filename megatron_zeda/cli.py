@@ -14,15 +14,20 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_zeda import __version__
 from megatron_zeda.config import Config
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.launch import Ranks, ranks_from_environment
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but the stub does not say so
 
 # Commands that define their own flags: a module with add_arguments(parser) and run(args) -> exit code, and the help.
 DELEGATED = {
@@ -30,6 +35,10 @@ DELEGATED = {
     "eval": ("megatron_zeda.evaluation.cli", "accuracy, KL to the teacher, perplexity and skip rate of a model"),
     "report": ("megatron_zeda.evaluation.report_cli", "write the report and the pictures of a run"),
 }
+
+# How long ranks that stop with an error wait for each other's, to say a shared one once.
+_PATIENCE = timedelta(seconds=5)
+_ERROR_KEY = "zeda_input_error"
 
 _OVERRIDES_HELP = "settings as section.key=<YAML value>, applied in order over the file's"
 
@@ -217,7 +226,48 @@ def _train(args: argparse.Namespace) -> int:
         return error.exit_code
     from megatron_zeda.training import train
 
-    return train(config)
+    try:
+        return train(config)
+    except InputError as error:
+        # Wrong data and settings are wrong for all ranks alike; what only another rank has, it says itself.
+        if ranks.rank and _said_by_rank_0(str(error), ranks):
+            return error.exit_code
+        _print_error(error)
+        if ranks.rank == 0:
+            _tell_other_ranks(str(error), ranks)
+        return error.exit_code
+
+
+def _store_of_ranks(ranks: Ranks) -> Store | None:
+    """Where the processes met; None where there is one process, or before they have met."""
+    import torch.distributed as dist
+
+    if ranks.world_size == 1 or not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def _tell_other_ranks(message: str, ranks: Ranks) -> None:
+    """Leave the error for the others, and stay until they have read it: the store may end with this process."""
+    store = _store_of_ranks(ranks)
+    if store is not None:
+        with suppress(RuntimeError):  # others may be well, and inside a collective
+            store.set(_ERROR_KEY, message)
+            store.wait([f"{_ERROR_KEY}/{rank}" for rank in range(1, ranks.world_size)], _PATIENCE)
+
+
+def _said_by_rank_0(message: str, ranks: Ranks) -> bool:
+    """Whether rank 0 stops with the same words; False when it does not say so in time."""
+    store = _store_of_ranks(ranks)
+    if store is None:
+        return False
+    try:
+        store.wait([_ERROR_KEY], _PATIENCE)
+        same = store.get(_ERROR_KEY).decode() == message
+        store.set(f"{_ERROR_KEY}/{ranks.rank}", "read")
+    except RuntimeError:
+        return False
+    return same
 
 
 def _print_error(error: ZedaError) -> None:

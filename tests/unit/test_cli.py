@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -248,6 +249,40 @@ class TestTrain:
         monkeypatch.setitem(sys.modules, "megatron_zeda.training", SimpleNamespace(train=train))  # type: ignore[arg-type]
         assert cli.main(["train", str(ready)]) == code
         assert capsys.readouterr().err == message
+
+    @pytest.mark.parametrize(
+        ("rank", "said", "printed"),
+        [
+            (0, None, "[rank 0] error: a.jsonl: line 4 is not JSON\n"),
+            (1, "a.jsonl: line 4 is not JSON", ""),
+            (1, "b.jsonl: no such file", "[rank 1] error: a.jsonl: line 4 is not JSON\n"),
+            (1, None, "[rank 1] error: a.jsonl: line 4 is not JSON\n"),
+        ],
+    )
+    def test_an_input_error_of_all_ranks_is_said_once(
+        self,
+        ready: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        rank: int,
+        said: str | None,
+        printed: str,
+    ) -> None:
+        def train(config: Config) -> int:
+            raise InputError("line 4 is not JSON", where="a.jsonl")
+
+        store = torch.distributed.HashStore()
+        if said is not None:
+            store.set(cli._ERROR_KEY, said)
+        monkeypatch.setitem(sys.modules, "megatron_zeda.training", SimpleNamespace(train=train))  # type: ignore[arg-type]
+        monkeypatch.setattr(cli, "_store_of_ranks", lambda ranks: store)
+        monkeypatch.setattr(cli, "_PATIENCE", timedelta(seconds=0.1))
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert cli.main(["train", str(ready)]) == 2
+        assert capsys.readouterr().err == printed
+        if rank == 0:
+            assert store.get(cli._ERROR_KEY).decode() == "a.jsonl: line 4 is not JSON"
 
 
 class TestOtherCommands:
