@@ -74,6 +74,8 @@ class TestCheck:
         assert facts["data_parallel_size"] == "2" and facts["num_micro_batches"] == "64"
         assert facts["target_skip_rate"] == "0.5" and facts["num_zero_experts"] == "64"
         assert "does not exist: to be provided before training" in out
+        # In one bucket, each save would hold another copy of all expert states in host memory.
+        assert load_config(EXAMPLE, world_size=8).ddp.overlap_grad_reduce
         # What is printed is the whole configuration again.
         (tmp_path / "resolved.yaml").write_text(out)
         assert load_config(tmp_path / "resolved.yaml", world_size=8) == load_config(EXAMPLE, world_size=8)
