@@ -56,7 +56,7 @@ def lines(
         text.append(
             f"teacher: {config.teacher.checkpoint}, its output layer and its hidden states on "
             f"{'the held-out batches' if data.validation else 'a batch'} ({len(teacher)}) take "
-            f"{num_bytes(teacher) / 2**20:.1f} MiB on this rank"
+            f"{num_bytes(teacher) / 2**20:,.3f} MiB on this rank"
         )
     return text
 
