@@ -135,9 +135,13 @@ def _run(config: Config, stop: StopRequest) -> bool:
 
 
 def _need_no_metrics(config: Config) -> None:
-    """Refuse to begin in the folder of another run, whose configuration and metrics would be lost."""
-    path = config.run_dir / "metrics.jsonl"
-    if path.is_file() and path.stat().st_size:
+    """Refuse to begin in the folder of another run, whose configuration and metrics would be lost.
+
+    A run of the very same configuration is this one: it was killed before its first checkpoint, and begins anew.
+    """
+    path, settings = config.run_dir / "metrics.jsonl", config.run_dir / "config.yaml"
+    same_run = settings.is_file() and settings.read_text(encoding="utf-8") == to_yaml(config)
+    if path.is_file() and path.stat().st_size and not same_run:
         raise InputError(
             "the metrics of a run, but no checkpoint to go on from",
             where=path,

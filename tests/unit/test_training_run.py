@@ -483,6 +483,16 @@ def test_a_new_run_does_not_destroy_another_one(root: Path) -> None:
     assert digest(config.run_dir) == before
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(root: Path) -> None:
+    config = make_config(root, "killed-early")
+    config.train.train_iters, config.teacher.checkpoint = 2, None
+    assert train(config) == 0
+    expected = [line["ce"] for line in metrics(config)]
+    shutil.rmtree(config.save_dir)
+    assert train(config) == 0
+    assert [line["ce"] for line in metrics(config)] == expected and len(expected) == 2
+
+
 def test_settings_that_change_the_samples_are_named_on_resuming(
     root: Path, whole: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
