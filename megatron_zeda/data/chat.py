@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from megatron_zeda.data.jsonl import read_lines
@@ -160,8 +161,8 @@ def encode_messages(messages: Any, tokenizer: ChatTokenizer, *, where: str) -> l
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt_text = tokenizer.render_chat(messages[:index], add_generation_prompt=True)
-        text = tokenizer.render_chat(messages[: index + 1], add_generation_prompt=False)
+        prompt_text = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
+        text = _render(tokenizer, messages[: index + 1], where, add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise InputError(
                 "the chat template's generation prompt is not the beginning of the rendered answer",
@@ -188,6 +189,15 @@ def encode_messages(messages: Any, tokenizer: ChatTokenizer, *, where: str) -> l
             is_response[start : len(ids)] = [True] * (len(ids) - start)
         return [(last, is_response)]
     return [(ids, [False] * start + [True] * (len(ids) - start)) for ids, start in turns]
+
+
+def _render(tokenizer: ChatTokenizer, messages: list[Any], where: str, *, add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:  # templates raise when they do not know a role or an order of turns
+        raise InputError(
+            f"the chat template refuses these messages: {error}", where=where, fix="mend the line or the template"
+        ) from error
 
 
 def _end_of_turn(ids: Sequence[int], start: int, eos: int | None) -> int:

@@ -130,6 +130,9 @@ def test_refused(tmp_path: Path, hf_folder: Path, sentencepiece_folder: Path) ->
         load_tokenizer(tmp_path / "text.model")
     plain = load_tokenizer(hf_folder)
     assert plain is not None
+    plain.tokenizer.chat_template = "{{ raise_exception('only user and assistant') }}"  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"f:1: the chat template refuses these messages: only user and assistant"):
+        encode_messages(MESSAGES, plain, where="f:1")
     plain.tokenizer.chat_template = None  # type: ignore[union-attr]
     with pytest.raises(InputError, match="no chat template"):
         encode_messages(MESSAGES, plain, where="f:1")
