@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -17,31 +18,41 @@ if "HF_MODULES_CACHE" not in os.environ:
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="zeda-test-modules-")
     atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from spawn import _free_port, initialize_megatron
+from spawn import initialize_megatron
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def _default_process_group() -> Iterator[None]:
-    from megatron_zeda import platform
+def _end_process_groups() -> None:
+    from megatron.core import parallel_state
 
-    platform.install()
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"tcp://127.0.0.1:{_free_port()}")
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    gc.collect()  # models in reference cycles hold their groups, and every gloo group polls in a thread of its own
+
+
+@pytest.fixture(autouse=True)
+def _no_left_over_groups(request: pytest.FixtureRequest) -> None:
+    """Tests that use `megatron` share its groups while they follow each other; any other test starts without."""
+    if "megatron" not in request.fixturenames and torch.distributed.is_initialized():
+        _end_process_groups()
 
 
 @pytest.fixture
-def megatron(_default_process_group: None) -> Iterator[None]:
-    """Megatron-Core initialised in this process: TP = PP = EP = CP = DP = 1, seeded."""
+def megatron() -> None:
+    """Megatron-Core initialised in this process: TP = PP = EP = CP = DP = 1, seeded anew."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    initialize_megatron()
-    yield
-    parallel_state.destroy_model_parallel()
+    from megatron_zeda import platform
+
+    platform.install()
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(platform.backend(), rank=0, world_size=1, store=store)
+    if not parallel_state.model_parallel_is_initialized():
+        initialize_megatron()
+    torch.manual_seed(1234)
+    model_parallel_cuda_manual_seed(1234)
