@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   a small post-trained MoE becomes a dynamic one, end to end (minutes, on a CPU)"
 	@echo "make test         every test (no GPU needed)"
 	@echo "make test-gpu     checks that need one GPU with Transformer Engine"
-	@echo "make check        lint, types and unit tests"
+	@echo "make check        lint, types and the fast unit tests"
 
 install: $(STAMP)
 
@@ -55,7 +55,7 @@ types: $(STAMP)
 
 unit: export OMP_NUM_THREADS = 1
 unit: $(STAMP)
-	$(PY) -m pytest tests/unit
+	$(PY) -m pytest tests/unit -m "not slow"
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -27,7 +27,7 @@ def _worker(rank: int, fn: Callable[..., Any], world_size: int, port: int, resul
     from megatron_zeda import platform
 
     platform.install()
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=240))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=900))
     try:
         results[rank] = fn(rank, world_size, *args)
     except BaseException:

@@ -25,6 +25,8 @@ from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.training import train
 
+pytestmark = pytest.mark.slow  # whole training runs: `make test`, not `make check`
+
 KEYS = [
     "step", "loss", "ce", "kl_forward", "kl_reverse", "balance_loss", "balance_loss_per_layer", "skip_rate",
     "skip_rate_per_layer", "grad_norm",

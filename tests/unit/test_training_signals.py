@@ -15,6 +15,8 @@ from megatron_zeda.config import Config
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.training.signals import StopRequest, helpers_outlive_signals
 
+pytestmark = pytest.mark.slow  # whole training runs: `make test`, not `make check`
+
 RUN = """
 import sys
 from megatron_zeda.cli import main
