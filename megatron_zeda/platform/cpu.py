@@ -65,12 +65,13 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A tensor factory that reads ``device="cuda"`` as the CPU."""
+    """A tensor factory that reads ``device="cuda"`` as the CPU, and pins no memory: there is no GPU to copy it to."""
 
     @functools.wraps(factory)
     def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return wrapper
@@ -102,6 +103,7 @@ def _patch_tensors() -> None:
     torch.Tensor.to = tensor_to  # type: ignore[method-assign,assignment]
     torch.Tensor.type = tensor_type  # type: ignore[method-assign,assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.pin_memory = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
 
 
 def _patch_cuda_module() -> None:

@@ -12,10 +12,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_zeda.platform.attention import local_core_attention
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
 from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
 from megatron_zeda.zero_experts.router import ZeroExpertRouter
@@ -108,7 +110,11 @@ def _require_moe(spec: ModuleSpec) -> None:
 def _with_zero_experts(
     spec: ModuleSpec, config: ZeroExpertTransformerConfig, use_transformer_engine: bool
 ) -> ModuleSpec:
-    """A copy of a stock layer spec whose MoE layer and router know zero experts; dense layers pass through."""
+    """A copy of a stock layer spec whose MoE layer and router know zero experts; a dense layer keeps its MLP.
+
+    Local specs also get the core attention that knows packs, context parallelism and multi-latent attention.
+    """
+    spec = _with_local_attention(spec, config)
     if not _is_moe(spec):
         return spec
     submodules = spec.submodules
@@ -120,3 +126,12 @@ def _with_zero_experts(
     if not use_transformer_engine and not config.multi_latent_attention:
         changes["sharded_state_dict_keys_map"] = dict(_TRANSFORMER_ENGINE_NAMES)
     return replace(spec, submodules=replace(submodules, **changes))
+
+
+def _with_local_attention(spec: ModuleSpec, config: ZeroExpertTransformerConfig) -> ModuleSpec:
+    """A copy of a layer spec whose stock core attention, which only local specs have, is ours."""
+    attention = spec.submodules.self_attention
+    if attention.submodules.core_attention is not DotProductAttention:
+        return spec
+    swapped = replace(attention.submodules, core_attention=local_core_attention(config))
+    return replace(spec, submodules=replace(spec.submodules, self_attention=replace(attention, submodules=swapped)))
