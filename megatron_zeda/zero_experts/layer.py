@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
-from megatron_zeda.zero_experts.dispatcher import ZeroExpertAlltoAllTokenDispatcher
+from megatron_zeda.zero_experts.dispatcher import DISPATCHERS
 
 
 class ZeroExpertMoELayer(MoELayer):
@@ -41,10 +41,11 @@ class ZeroExpertMoELayer(MoELayer):
             is_mtp_layer=is_mtp_layer,
             name=name,
         )
-        if config.moe_token_dispatcher_type == "alltoall":
-            self.token_dispatcher = ZeroExpertAlltoAllTokenDispatcher(
-                self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=pg_collection
-            )
+        self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
+            self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=pg_collection
+        )
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
