@@ -5,6 +5,7 @@ Shape suffixes: S sequence of this rank, B batch, H hidden, T = S * B tokens, E 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
 from megatron_zeda.zero_experts.dispatcher import DISPATCHERS
+from megatron_zeda.zero_experts.router import StaticRouter
 
 
 class ZeroExpertMoELayer(MoELayer):
@@ -20,6 +22,9 @@ class ZeroExpertMoELayer(MoELayer):
 
     The zero columns end between router and dispatcher: a selection of a zero expert adds nothing to the output, so it
     is not dispatched, and a token whose K selections are all zero experts costs no expert any row.
+
+    Layers of multi-token prediction, which Megatron builds from the same spec, stay static: no checkpoint has zero rows
+    for them.
     """
 
     def __init__(
@@ -33,6 +38,8 @@ class ZeroExpertMoELayer(MoELayer):
     ) -> None:
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
+        if is_mtp_layer and submodules is not None:
+            submodules = replace(submodules, router=StaticRouter)
         super().__init__(
             config=config,
             submodules=submodules,

@@ -11,7 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_router_token_dropping,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
@@ -88,6 +93,8 @@ class ZeroExpertRouter(TopKRouter):
         # A recomputed layer routes twice, first without gradients: only the second pass counts. Evaluation counts too.
         if self.counting and (torch.is_grad_enabled() or not self.training):
             probs_TG = self._balance_and_count(probs_TG, logits_TG, routing_map_TG, padding_T)
+        if self.config.moe_expert_capacity_factor is not None:
+            probs_TG, routing_map_TG = self._drop_over_capacity(probs_TG, routing_map_TG)
         return probs_TG, routing_map_TG
 
     def _turn_dial(self, logits_TG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -108,7 +115,7 @@ class ZeroExpertRouter(TopKRouter):
         routing_map_TG: torch.Tensor,
         padding_T: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Count selections, and attach the group balancing loss: its gradient joins in the backward pass."""
+        """Count selections, and attach the losses: their gradients join in the backward pass."""
         with torch.no_grad():
             valid_map_TG = routing_map_TG if padding_T is None else routing_map_TG & ~padding_T[:, None]
             num_valid = valid_map_TG.new_full((), valid_map_TG.shape[0], dtype=torch.int64)
@@ -123,7 +130,7 @@ class ZeroExpertRouter(TopKRouter):
             group = local.clone()
             if self.tp_dp_cp_group.size() > 1:
                 torch.distributed.all_reduce(group, group=self.tp_dp_cp_group)
-        coeff = self.config.zero_expert_balance_coeff
+        coeff, z_coeff = self.config.zero_expert_balance_coeff, self.config.moe_z_loss_coeff or 0.0
         with torch.set_grad_enabled(coeff > 0.0):
             loss = group_balancing_loss(
                 self._score_distribution(logits_TG, padding_T),
@@ -136,9 +143,50 @@ class ZeroExpertRouter(TopKRouter):
                 num_tokens=group[-1],
             )
         self.counts.add_balance_loss(loss.detach())
-        if coeff == 0.0:
+        if coeff == 0.0 and z_coeff == 0.0:
             return probs_TG
-        return MoEAuxLossAutoScaler.apply(probs_TG, coeff * self._gradient_scale() * loss)
+        total = coeff * loss
+        if z_coeff != 0.0:
+            total = total + z_coeff * self._z_loss(logits_TG, padding_T, group[-1])
+        return MoEAuxLossAutoScaler.apply(probs_TG, self._gradient_scale() * total)
+
+    def _z_loss(
+        self, logits_TG: torch.Tensor, padding_T: torch.Tensor | None, num_tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """This rank's part of the group's z-loss, the mean over tokens of the squared log-sum-exp of all logits.
+
+        Upstream multiplies its own by the tokens the router sees, which prompts inflate under per-token loss.
+        """
+        squares_T = torch.logsumexp(logits_TG.float(), dim=-1).square()
+        if padding_T is not None:
+            squares_T = squares_T.masked_fill(padding_T, 0.0)
+        loss = squares_T.sum() / num_tokens.clamp(min=1)
+        num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        get_moe_metrics_tracker().record(
+            "z_loss", loss, self.layer_number, num_layers, reduce_group=self.tp_dp_cp_group, needs_dp_avg=False
+        )
+        return loss
+
+    def _drop_over_capacity(
+        self, probs_TG: torch.Tensor, routing_map_TG: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Drop what exceeds an expert's capacity, which is that of the static model: over real columns only.
+
+        A dropped selection is not a skipped one: statistics and loss are about what the router chose.
+        """
+        real = slice(None, self.num_real_experts)
+        probs_TE, routing_map_TE = apply_router_token_dropping(
+            probs_TG[:, real],
+            routing_map_TG[:, real],
+            router_topk=self.topk,
+            capacity_factor=self.config.moe_expert_capacity_factor,
+            drop_policy=self.config.moe_token_drop_policy,
+        )
+        zero = slice(self.num_real_experts, None)
+        return (
+            torch.cat([probs_TE, probs_TG[:, zero]], dim=1),
+            torch.cat([routing_map_TE, routing_map_TG[:, zero]], dim=1),
+        )
 
     def _score_distribution(self, logits_TG: torch.Tensor, padding_T: torch.Tensor | None) -> torch.Tensor:
         """The full score distribution ``[T, G]`` in fp32: rows sum to 1, those of padding tokens are zero."""
@@ -169,6 +217,17 @@ class ZeroExpertRouter(TopKRouter):
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Nothing: the bias is frozen. (Upstream counts here, and mixes up ``[T, E]`` and ``[T]`` under padding.)"""
+
+
+class StaticRouter(TopKRouter):
+    """The stock router with a frozen selection bias, for layers that keep their E experts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.frozen_expert_bias = True
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Nothing; see :class:`ZeroExpertRouter`."""
 
 
 def _sqrt_softplus(logits: torch.Tensor) -> torch.Tensor:
