@@ -6,6 +6,7 @@ Plain dataclass fields on subclasses of Megatron-Core's configurations, so that 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,14 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 _AUX_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
-def _stock_aux_loss(config: TransformerConfig) -> bool:
+def _stock_aux_loss(config: Any) -> bool:
     kinds, coeffs = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
     kinds = [kinds] if isinstance(kinds, str) else kinds
     coeffs = coeffs if isinstance(coeffs, Sequence) else [coeffs] * len(kinds)
-    return any(kind in _AUX_LOSSES and coeff for kind, coeff in zip(kinds, coeffs, strict=True))
+    return any(kind in _AUX_LOSSES and coeff for kind, coeff in zip(kinds, coeffs, strict=False))
 
 
-def _uses(config: TransformerConfig, kind: str) -> bool:
+def _uses(config: Any, kind: str) -> bool:
     kinds = config.moe_router_load_balancing_type
     return kind == kinds or (not isinstance(kinds, str) and kind in kinds)
 
@@ -40,6 +41,26 @@ class Refusal:
         return f"{self.setting}: {self.reason}; {self.alternative}"
 
 
+def _without_expert_ranks(config: Any) -> bool:
+    tensor = config.expert_tensor_parallel_size or config.tensor_model_parallel_size
+    return config.expert_model_parallel_size * tensor == 1
+
+
+def _nccl_ep(config: Any) -> bool:
+    return config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "ncclep"
+
+
+def _nccl_ep_wants_num_topk() -> bool:
+    """Whether this Transformer Engine's NCCL-EP has to be told a K that Megatron-Core 0.19 does not tell it."""
+    try:
+        from transformer_engine.pytorch import ep
+    except ImportError:
+        return False
+    return "num_topk" in inspect.signature(ep.ep_bootstrap).parameters
+
+
+# Judged on values as a user gives them, deprecated spellings included, before or after Megatron-Core normalises them.
+# Every `setting` begins with the name of the field to change.
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "moe_aux_loss_coeff",
@@ -48,58 +69,22 @@ REFUSALS: tuple[Refusal, ...] = (
         "set moe_aux_loss_coeff to 0 and use zero_expert_balance_coeff",
     ),
     Refusal(
-        "moe_z_loss_coeff",
-        lambda c: bool(c.moe_z_loss_coeff),
-        "the z-loss scales with all router tokens under per-token loss, and nobody has tried it with zero experts",
-        "leave moe_z_loss_coeff unset",
-    ),
-    Refusal(
         "moe_router_load_balancing_type=sinkhorn",
         lambda c: _uses(c, "sinkhorn"),
         "sinkhorn balances all columns of the router, zero experts included",
-        "use 'none'",
+        "use 'none' and zero_expert_balance_coeff",
     ),
     Refusal(
         "moe_router_load_balancing_type=quantile_balancing",
         lambda c: _uses(c, "quantile_balancing"),
-        "quantile balancing moves a bias of every column and accepts no padding",
-        "use 'none'",
-    ),
-    Refusal(
-        "moe_expert_capacity_factor",
-        lambda c: c.moe_expert_capacity_factor is not None,
-        "router and dispatcher would compute different capacities (over E + Z and over E experts)",
-        "leave it unset: routing is dropless",
-    ),
-    Refusal(
-        "moe_pad_expert_input_to_capacity",
-        lambda c: c.moe_pad_expert_input_to_capacity,
-        "padding every expert to capacity computes the rows that skipping saves",
-        "leave it off",
-    ),
-    Refusal(
-        "moe_router_padding_for_quantization",
-        lambda c: bool(c.moe_router_padding_for_quantization),
-        "padding the routing map gives tokens experts they did not choose and skips the alignment of short experts",
-        "leave it off: the experts pad their own input",
+        "quantile balancing moves a bias of every column towards an even load and accepts no padding mask",
+        "use 'none' and zero_expert_balance_coeff",
     ),
     Refusal(
         "moe_router_num_groups",
-        lambda c: (c.moe_router_num_groups or 1) > 1,
-        "grouped routing would put real and zero experts into the same groups",
+        lambda c: (c.moe_router_num_groups or 1) > 1 or bool(c.moe_router_topk_limited_devices),
+        "groups are equal slices of all columns, so that real and zero experts would land in the same ones",
         "leave it unset",
-    ),
-    Refusal(
-        "moe_token_dispatcher_type=flex",
-        lambda c: c.moe_token_dispatcher_type == "flex",
-        "its DeepEP and NCCL-EP managers rebuild a full top-K and would send skipped tokens to arbitrary experts",
-        "use 'alltoall' or 'allgather'",
-    ),
-    Refusal(
-        "transformer_impl=inference_optimized",
-        lambda c: c.transformer_impl == "inference_optimized",
-        "its router returns K columns instead of one per expert, so zero experts cannot be told apart",
-        "use 'transformer_engine' or 'local'",
     ),
     Refusal(
         "moe_router_fusion with moe_enable_routing_replay",
@@ -108,40 +93,83 @@ REFUSALS: tuple[Refusal, ...] = (
         "turn one of the two off",
     ),
     Refusal(
-        "cuda_graph_impl",
-        lambda c: c.cuda_graph_impl != "none",
-        "the number of dispatched rows depends on the data and is read on the host",
-        "use 'none'",
+        "moe_router_padding_for_quantization",
+        lambda c: bool(c.moe_router_padding_for_quantization or c.moe_router_padding_for_fp8),
+        "it sends tokens to experts they did not choose, through the all-to-all, and leaves an expert unaligned when "
+        "too few other tokens are left to fill it up",
+        "leave it off: the experts then pad their own input, after the all-to-all",
+    ),
+    Refusal(
+        "moe_pad_expert_input_to_capacity",
+        lambda c: c.moe_pad_expert_input_to_capacity,
+        "every expert is filled up to its capacity with tokens that did not choose it: the rows that skipping saves "
+        "come back",
+        "moe_expert_capacity_factor alone drops without filling up",
+    ),
+    Refusal(
+        "moe_pad_experts_for_cuda_graph_inference",
+        lambda c: c.moe_pad_experts_for_cuda_graph_inference,
+        "it fills every expert up to its capacity while decoding: the rows that skipping saves come back",
+        "leave it off",
+    ),
+    Refusal(
+        "moe_token_dispatcher_type=flex with one expert-parallel rank",
+        lambda c: (
+            c.moe_token_dispatcher_type == "flex"
+            and c.moe_flex_dispatcher_backend in ("deepep", "ncclep")
+            and _without_expert_ranks(c)
+        ),
+        "DeepEP and NCCL-EP move tokens between ranks, and Megatron-Core builds neither for one rank",
+        "use 'alltoall', or raise expert_model_parallel_size",
+    ),
+    Refusal(
+        "moe_expert_rank_capacity_factor missing with moe_flex_dispatcher_backend=ncclep",
+        lambda c: _nccl_ep(c) and c.moe_expert_rank_capacity_factor is None,
+        "NCCL-EP sizes its receive buffer with it, and Megatron-Core refuses to build without",
+        "set it generously: a step that exceeds the buffer ends the run",
+    ),
+    Refusal(
+        "moe_flex_dispatcher_backend=ncclep without bf16",
+        lambda c: _nccl_ep(c) and not c.bf16,
+        "NCCL-EP moves bfloat16 only",
+        "use bf16, or another dispatcher",
+    ),
+    Refusal(
+        "moe_flex_dispatcher_backend=ncclep with a Transformer Engine whose ep_bootstrap needs num_topk",
+        lambda c: _nccl_ep(c) and _nccl_ep_wants_num_topk(),
+        "Megatron-Core 0.19 calls it without, so that the first step would fail (Transformer Engine 2.20 is one)",
+        "use 'deepep' or 'hybridep', or an older Transformer Engine",
+    ),
+    Refusal(
+        "moe_shared_expert_overlap with moe_latent_size",
+        lambda c: c.moe_shared_expert_overlap and bool(c.moe_latent_size),
+        "Megatron-Core overlaps the two in inference only, and would fail in the first step",
+        "turn moe_shared_expert_overlap off",
+    ),
+    Refusal(
+        "mlp_chunks_for_training",
+        lambda c: (c.mlp_chunks_for_training or 1) > 1,
+        "the chunks are routed without the padding mask, so that padding would be counted and balanced",
+        "use 1, and recompute_modules to save memory",
     ),
     Refusal(
         "overlap_moe_expert_parallel_comm",
         lambda c: c.overlap_moe_expert_parallel_comm,
-        "its schedule calls the router without the padding mask, so that padding would be counted",
-        "leave it off",
+        "its schedule calls the router without the padding mask, so that padding would be counted and balanced",
+        "leave it off; moe_shared_expert_overlap hides communication too",
     ),
     Refusal(
-        "moe_layer_freq",
-        lambda c: isinstance(c.moe_layer_freq, list) and all(c.moe_layer_freq),
-        "a list renames every weight in checkpoints, for nothing when all layers are MoE layers",
-        "use 1",
+        "cuda_graph_impl",
+        lambda c: c.cuda_graph_impl != "none" or c.enable_cuda_graph or c.external_cuda_graph,
+        "a graph of an MoE layer freezes the number of dispatched rows, which is data, and a graph of the attention "
+        "alone continues with the MoE layer without the padding mask",
+        "use 'none'",
     ),
     Refusal(
-        "moe_shared_expert_overlap",
-        lambda c: c.moe_shared_expert_overlap,
-        "the overlap has not been checked with data-dependent row counts",
-        "leave it off",
-    ),
-    Refusal(
-        "mtp_num_layers",
-        lambda c: bool(c.mtp_num_layers),
-        "multi-token-prediction layers have no zero experts and would be given a wider router",
-        "leave it unset",
-    ),
-    Refusal(
-        "moe_latent_size",
-        lambda c: bool(c.moe_latent_size),
-        "latent experts have not been checked with zero experts",
-        "leave it unset",
+        "transformer_impl=inference_optimized",
+        lambda c: c.transformer_impl == "inference_optimized",
+        "its router returns K columns instead of one per expert, so that zero experts cannot be told apart",
+        "use 'transformer_engine' or 'local'",
     ),
 )
 

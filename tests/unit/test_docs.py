@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 from megatron_zeda.zero_experts.config import REFUSALS
@@ -9,7 +10,9 @@ from megatron_zeda.zero_experts.config import REFUSALS
 ROOT = Path(__file__).parents[2]
 
 
-def test_refusal_table_is_the_codes() -> None:
-    page = (ROOT / "docs" / "stock_megatron.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("| `")]
-    assert rows == [f"| `{r.setting}` | {r.reason} | {r.alternative} |" for r in REFUSALS]
+def test_refusal_tables_are_the_codes() -> None:
+    page = (ROOT / "docs" / "refusals.md").read_text()
+    rendered = runpy.run_path(str(ROOT / "docs" / "generate_refusals.py"))["render"]()
+    assert page == rendered, "docs/refusals.md is not current: run python docs/generate_refusals.py"
+    for refusal in REFUSALS:
+        assert f"| `{refusal.setting}` | {refusal.reason} | {refusal.alternative} |" in page

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -21,41 +23,98 @@ from megatron_zeda.zero_experts import (
 from megatron_zeda.zero_experts.config import REFUSALS
 
 # A setting that makes each refusal apply, keyed by the refusal's name: a new refusal without one fails the test below.
+FLEX: dict[str, Any] = {"moe_token_dispatcher_type": "flex", "expert_model_parallel_size": 2}
+NCCL_EP: dict[str, Any] = {**FLEX, "moe_flex_dispatcher_backend": "ncclep", "moe_expert_rank_capacity_factor": 2.0}
 REFUSED: dict[str, dict[str, Any]] = {
     "moe_aux_loss_coeff": {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-3},
-    "moe_z_loss_coeff": {"moe_z_loss_coeff": 1e-3},
     "moe_router_load_balancing_type=sinkhorn": {"moe_router_load_balancing_type": "sinkhorn"},
     "moe_router_load_balancing_type=quantile_balancing": {"moe_router_load_balancing_type": "quantile_balancing"},
-    "moe_expert_capacity_factor": {"moe_expert_capacity_factor": 1.0},
-    "moe_pad_expert_input_to_capacity": {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0},
-    "moe_router_padding_for_quantization": {"moe_router_padding_for_quantization": True},
     "moe_router_num_groups": {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
-    "moe_token_dispatcher_type=flex": {"moe_token_dispatcher_type": "flex"},
-    "transformer_impl=inference_optimized": {"transformer_impl": "inference_optimized"},
     "moe_router_fusion with moe_enable_routing_replay": {"moe_router_fusion": True, "moe_enable_routing_replay": True},
-    "cuda_graph_impl": {"cuda_graph_impl": "transformer_engine"},
+    "moe_router_padding_for_quantization": {"moe_router_padding_for_quantization": True},
+    "moe_pad_expert_input_to_capacity": {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0},
+    "moe_pad_experts_for_cuda_graph_inference": {"moe_pad_experts_for_cuda_graph_inference": True},
+    "moe_token_dispatcher_type=flex with one expert-parallel rank": {"moe_token_dispatcher_type": "flex"},
+    "moe_expert_rank_capacity_factor missing with moe_flex_dispatcher_backend=ncclep": {
+        **NCCL_EP,
+        "bf16": True,
+        "moe_expert_rank_capacity_factor": None,
+    },
+    "moe_flex_dispatcher_backend=ncclep without bf16": NCCL_EP,
+    "moe_flex_dispatcher_backend=ncclep with a Transformer Engine whose ep_bootstrap needs num_topk": {
+        **NCCL_EP,
+        "bf16": True,
+    },
+    "moe_shared_expert_overlap with moe_latent_size": {"moe_shared_expert_overlap": True, "moe_latent_size": 16},
+    "mlp_chunks_for_training": {"mlp_chunks_for_training": 2},
     "overlap_moe_expert_parallel_comm": {"overlap_moe_expert_parallel_comm": True},
-    "moe_layer_freq": {"moe_layer_freq": [1]},
-    "moe_shared_expert_overlap": {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 16},
-    "mtp_num_layers": {"mtp_num_layers": 1},
-    "moe_latent_size": {"moe_latent_size": 16},
+    "cuda_graph_impl": {"cuda_graph_impl": "transformer_engine"},
+    "transformer_impl=inference_optimized": {"transformer_impl": "inference_optimized"},
 }
+# Old spellings that Megatron-Core translates; they are refused before that, too.
+ALIASES: dict[str, dict[str, Any]] = {
+    "moe_router_num_groups": {"moe_router_topk_limited_devices": 2},
+    "moe_router_padding_for_quantization": {"moe_router_padding_for_fp8": True},
+    "cuda_graph_impl": {"enable_cuda_graph": True},
+}
+# Combinations that once were refused, or look like one that is.
+SERVED: list[dict[str, Any]] = [
+    {"moe_z_loss_coeff": 1e-3},
+    {"moe_expert_capacity_factor": 1.0},
+    {"moe_shared_expert_overlap": True, "moe_shared_expert_intermediate_size": 16},
+    {"moe_layer_freq": [1]},
+    {"mtp_num_layers": 1},
+    {"moe_latent_size": 16},
+    {"moe_router_fusion": True},
+    {"moe_enable_routing_replay": True},
+    {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0},
+    FLEX,
+    {**FLEX, "moe_flex_dispatcher_backend": "hybridep", "expert_model_parallel_size": 1},
+    {**NCCL_EP, "bf16": True},
+    {**FLEX, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},
+]
+
+
+def _config_with(changes: dict[str, Any]) -> Any:
+    """Fields as given: Megatron's own validation may object to a combination for reasons of its own."""
+    config = layer_config()
+    for name, value in changes.items():
+        assert hasattr(config, name), name
+        object.__setattr__(config, name, value)
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _transformer_engine_ep(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether Transformer Engine's NCCL-EP has to be told K (as in 2.20) is the test's, not this machine's."""
+    new = "num_topk" in request.node.name
+    bootstrap = (lambda group, num_experts, num_topk: None) if new else (lambda group, num_experts: None)
+    module = types.ModuleType("transformer_engine.pytorch")
+    module.ep = types.SimpleNamespace(ep_bootstrap=bootstrap)
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.setting)
 def test_every_refusal_refuses(refusal: Any) -> None:
-    """Checked on the fields alone: Megatron's own validation may object to the combination for reasons of its own."""
-    config = layer_config()
-    for name, value in REFUSED[refusal.setting].items():
-        assert hasattr(config, name), name
-        object.__setattr__(config, name, value)
-    lines = [line for line in unsupported_settings(config) if line.startswith(refusal.setting)]
-    assert lines and refusal.reason in lines[0] and refusal.alternative in lines[0]
+    config = _config_with(REFUSED[refusal.setting])
+    assert unsupported_settings(config) == [f"{refusal.setting}: {refusal.reason}; {refusal.alternative}"]
+    assert hasattr(config, refusal.setting.split("=")[0].split()[0])  # what `zeda check` takes for the setting's name
     config.num_zero_experts = 0
     assert unsupported_settings(config) == []  # upstream's business
 
 
-@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_expert_capacity_factor", "moe_z_loss_coeff"])
+@pytest.mark.parametrize("setting", ALIASES)
+def test_old_spellings_are_refused_alike(setting: str) -> None:
+    assert [line.split(":")[0] for line in unsupported_settings(_config_with(ALIASES[setting]))] == [setting]
+
+
+@pytest.mark.parametrize("changes", SERVED, ids=str)
+def test_what_is_served_is_not_refused(changes: dict[str, Any]) -> None:
+    assert unsupported_settings(_config_with(changes)) == []
+
+
+@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_pad_expert_input_to_capacity", "mlp_chunks_for_training"])
 def test_construction_raises(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         layer_config(**REFUSED[name])
@@ -63,8 +122,10 @@ def test_construction_raises(name: str) -> None:
 
 def test_all_problems_at_once_and_bad_values() -> None:
     with pytest.raises(ValueError) as error:
-        layer_config(num_zero_experts=2, zero_expert_weight=0.0, zero_expert_balance_coeff=-1.0, moe_z_loss_coeff=1.0)
-    for part in ("zero_expert_weight", "zero_expert_balance_coeff", "moe_z_loss_coeff"):
+        layer_config(
+            num_zero_experts=2, zero_expert_weight=0.0, zero_expert_balance_coeff=-1.0, mlp_chunks_for_training=2
+        )
+    for part in ("zero_expert_weight", "zero_expert_balance_coeff", "mlp_chunks_for_training"):
         assert part in str(error.value)
     with pytest.raises(ValueError, match="must not be negative"):
         layer_config(num_zero_experts=-1)
