@@ -163,7 +163,7 @@ def _check_megatron(config: Config, hf_config: dict[str, Any]) -> None:
     """Let Megatron-Core judge the model's settings, without those that need what this machine lacks."""
     from megatron_zeda import platform
     from megatron_zeda.config_io import ConfigErrors
-    from megatron_zeda.training.setup import transformer_config
+    from megatron_zeda.config_megatron import transformer_config
 
     forced = platform.transformer_config_overrides()
     own = {name: value for name, value in forced.items() if hasattr(config.model, name)}

@@ -45,7 +45,9 @@ class ModelSettings(Section):
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
     virtual_pipeline_model_parallel_size: Count | None = None
+    """Parts of the model on each pipeline stage (Megatron's interleaved schedule). null: one."""
     context_parallel_size: Count = 1
+    """Ranks that share every sequence, each with two chunks of it."""
     expert_model_parallel_size: Count = 1
     expert_tensor_parallel_size: Count = 1
     """1 keeps each expert whole (the paper's layout); Megatron-LM's default is the TP size."""
@@ -63,7 +65,9 @@ class ModelSettings(Section):
     bf16: bool = True
     """Parameters and activations in bfloat16, master weights and Adam states in fp32; false: all in fp32."""
     fp8: Literal["e4m3", "hybrid"] | None = None
+    """Linear layers compute in FP8 (Transformer Engine); parameters and checkpoints stay in bf16."""
     fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] | None = None
+    """tensorwise: one current scale per tensor; blockwise: one per 128 values or 128 x 128 weights."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Any other field of Megatron-Core's ``TransformerConfig``, by its own name."""
 
@@ -114,6 +118,8 @@ class DatasetSettings(Section):
     tokenizer: str | None = None
     """Hugging Face folder or sentencepiece ``.model`` file. null: the model's folder."""
     packing: bool = False
+    """Lay conversations behind each other: a micro-batch is then one row of at most ``micro_batch_size`` x
+    ``seq_length`` tokens (docs/packing.md)."""
     num_workers: Natural = 0
     """Processes that tokenise in advance; 0: the training process does it."""
     seed: Natural = 1234
@@ -143,8 +149,9 @@ class TrainSettings(Section):
     train_epochs: Count | None = None
     """Passes over ``dataset.train``; the last global batch of a pass may reach into the next one."""
     micro_batch_size: Count = 1
+    """Sequences of one forward pass; with ``dataset.packing`` the most ``seq_length`` that one pack may hold."""
     global_batch_size: Count = 128
-    """Sequences per optimizer step, over all data-parallel ranks and micro-batches."""
+    """Conversations per optimizer step, over all data-parallel ranks and micro-batches, packed or not."""
     exit_duration_in_mins: PositiveFloat | None = None
     """Save and stop after this many minutes."""
     seed: Natural = 1234
@@ -355,9 +362,12 @@ def derived(config: Config, world_size: int, hf_config: Mapping[str, Any] | None
         "world_size": world_size,
         "data_parallel_size": data_parallel_size,
         "expert_data_parallel_size": world_size // expert,
-        "num_micro_batches": train.global_batch_size // (train.micro_batch_size * data_parallel_size),
         "tokens_per_step": train.global_batch_size * model.seq_length,
     }
+    if config.dataset.packing:
+        facts["tokens_per_pack"] = train.micro_batch_size * model.seq_length
+    else:
+        facts["num_micro_batches"] = train.global_batch_size // (train.micro_batch_size * data_parallel_size)
     iters = num_train_iters(config, None)
     if iters is not None:
         facts["train_iters"] = iters

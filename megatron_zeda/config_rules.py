@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from megatron_zeda.config import Config, smallest_world_size
+from megatron_zeda.config_megatron import micro_batch_multiple, unknown_overrides, zero_expert_refusals
 from megatron_zeda.errors import InputError
 
 
@@ -60,21 +61,13 @@ NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
     Refusal("distillation.temperature", "the KL is measured at temperature 1 in this version", "use 1.0"),
     Refusal("zero_experts.method", "only the ZEDA method is in this version", "use zeda"),
     Refusal("teacher.placement", "the teacher stays on the training device in this version", "use device"),
-    Refusal("dataset.packing", "sequences are padded, not packed, in this version", "use false"),
     Refusal("dataset.num_workers", "the training process tokenises by itself in this version", "use 0"),
-    Refusal("model.context_parallel_size", "context parallelism is not in this version", "use 1"),
     Refusal(
-        "model.virtual_pipeline_model_parallel_size",
-        "interleaved pipelines are not in this version",
-        "use null",
-    ),
-    Refusal("model.fp8", "FP8 is not in this version", "use null"),
-    Refusal("model.fp8_recipe", "FP8 is not in this version", "use null"),
-    Refusal(
-        "model.moe_token_dispatcher_type",
-        "its managers rebuild the routing and would send skipped tokens to arbitrary experts",
-        "use alltoall",
-        accepted=("alltoall", "allgather"),
+        "model.fp8_recipe",
+        "delayed scaling takes its scales from earlier passes, which checkpoints do not hold (a resumed run would be "
+        "another one) and which the teacher's and the evaluation's passes would change",
+        "use tensorwise, blockwise or mxfp8",
+        accepted=(None, "tensorwise", "blockwise", "mxfp8"),
     ),
     Refusal(
         "ddp.average_in_collective",
@@ -101,6 +94,16 @@ _OVERRIDE_OWNERS = {
     "no_sync_func": "",
     "grad_sync_func": "",
     "param_sync_func": "",
+}
+
+# TransformerConfig fields that the trainer cannot serve.
+_OVERRIDE_REFUSALS = {
+    "fp8_param": "parameters and checkpoints stay in bf16: FP8 is compute only",
+    "fp8_dot_product_attention": "attention in FP8 scales by its history, which checkpoints do not hold",
+    "fp8_multi_head_attention": "attention in FP8 scales by its history, which checkpoints do not hold",
+    "fp4": "FP4 needs Blackwell GPUs, and nobody has tried it with zero experts",
+    "hierarchical_context_parallel_sizes": "the trainer creates one group for context parallelism",
+    "hybrid_context_parallel": "all packs of a step are split over the whole context-parallel group",
 }
 
 # What a family sets and an override may change all the same: regularisation of the training, not part of the model.
@@ -163,7 +166,9 @@ def find_problems(
         *_required(config),
         *_layout(config, world_size),
         *_batch(config, world_size),
+        *_pipeline(config),
         *_recompute(config),
+        *_precision(config),
         *_optimizer(config),
         *_schedule(config),
         *_overrides(config),
@@ -218,11 +223,16 @@ def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
             "with sequence parallelism exactly when that size is above 1",
             f"use {str(tp > 1).lower()}",
         )
-    if model.seq_length % tp:
+    context = model.context_parallel_size
+    parts = tp * (2 * context if context > 1 else 1)
+    if model.seq_length % parts:
+        split = f"tensor_model_parallel_size {tp}"
+        if context > 1:
+            split = f"{split} x " * (tp > 1) + f"2 x context_parallel_size {context}"
         yield Problem(
-            ("model.seq_length", "model.tensor_model_parallel_size"),
-            f"{model.seq_length} is not a multiple of tensor_model_parallel_size {tp}, which splits it",
-            f"use {_neighbours(model.seq_length, tp)}",
+            ("model.seq_length", "model.tensor_model_parallel_size", "model.context_parallel_size"),
+            f"{model.seq_length} is not a multiple of {split}, which splits it",
+            f"use {_neighbours(model.seq_length, parts)}",
         )
     if world_size is None:
         return
@@ -241,15 +251,53 @@ def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
 
 def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
     model, train = config.model, config.train
+    if config.dataset.packing:
+        return  # any number of conversations can be packed
     dense = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
     data_parallel = 1 if world_size is None or world_size % dense else world_size // dense
-    step = train.micro_batch_size * data_parallel
+    group = micro_batch_multiple(config)
+    step = train.micro_batch_size * data_parallel * group
     if train.global_batch_size % step:
+        factors = f"micro_batch_size {train.micro_batch_size} x data-parallel size {data_parallel}"
+        if group > 1:
+            factors += f" x {group}, the micro-batches that virtual pipeline stages work on in turn,"
         yield Problem(
             ("train.global_batch_size", "train.micro_batch_size"),
-            f"{train.global_batch_size} is not a multiple of micro_batch_size {train.micro_batch_size} x "
-            f"data-parallel size {data_parallel} = {step}",
+            f"{train.global_batch_size} is not a multiple of {factors} = {step}",
             f"use {_neighbours(train.global_batch_size, step)}",
+        )
+
+
+def _pipeline(config: Config) -> Iterator[Problem]:
+    model = config.model
+    stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    keys = ("model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size")
+    if virtual is not None and stages == 1:
+        yield Problem(keys, f"{virtual} virtual stages need pipeline_model_parallel_size above 1", "use null")
+    elif virtual == 1:
+        yield Problem(keys, "one virtual stage a process is the pipeline as it is", "use null")
+
+
+def _precision(config: Config) -> Iterator[Problem]:
+    model = config.model
+    keys = ("model.fp8_recipe", "model.fp8")
+    if model.fp8 is None:
+        if model.fp8_recipe is not None:
+            yield Problem(
+                keys, f"{model.fp8_recipe} has no effect without model.fp8", "set model.fp8=hybrid, or use null"
+            )
+        return
+    if model.fp8_recipe is None:
+        yield Problem(
+            keys,
+            f"not given, and model.fp8 is {model.fp8}",
+            "use tensorwise (from Hopper on), blockwise (Hopper) or mxfp8 (Blackwell)",
+        )
+    if not model.bf16:
+        yield Problem(
+            ("model.fp8", "model.bf16"),
+            f"{model.fp8} with bf16 false: the check that the student starts as its teacher holds fp32 models to 1e-5",
+            "set model.bf16=true",
         )
 
 
@@ -337,6 +385,8 @@ def _overrides(config: Config) -> Iterator[Problem]:
         elif name in _OVERRIDE_OWNERS:
             owner = _OVERRIDE_OWNERS[name]
             yield Problem((key,), "is decided by " + (owner or "the trainer"), f"set {owner}" if owner else "remove it")
+        elif name in _OVERRIDE_REFUSALS and config.model.overrides[name]:
+            yield Problem((key,), _OVERRIDE_REFUSALS[name], "remove it")
 
 
 def _model_overrides(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
@@ -378,7 +428,6 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
         ("num_moe_experts", "experts", "expert_model"),
         ("num_attention_heads", "attention heads", "tensor_model"),
         ("vocab_size", "tokens of the vocabulary", "tensor_model"),
-        ("num_layers", "layers", "pipeline_model"),
         ("moe_ffn_hidden_size", "units of an expert", "expert_tensor"),
     ]
     for name, noun, kind in divisions:
@@ -386,6 +435,15 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
         if shape[name] % size:
             message = f"{size} does not divide the model's {shape[name]} {noun}"
             yield Problem((f"model.{kind}_parallel_size",), message, "use a divisor of that number")
+    virtual = model.virtual_pipeline_model_parallel_size
+    stages = model.pipeline_model_parallel_size * (virtual or 1)
+    if shape["num_layers"] % stages:
+        sizes = f"{model.pipeline_model_parallel_size}" + (f" x {virtual} virtual stages" if virtual else "")
+        yield Problem(
+            ("model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"),
+            f"{sizes} does not divide the model's {shape['num_layers']} layers",
+            "use a divisor of that number",
+        )
     groups = shape["num_query_groups"]
     if groups % tp and tp % groups:
         yield Problem(
@@ -396,8 +454,17 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
     longest = shape["max_sequence_length"]
     if model.seq_length > longest:
         yield Problem(("model.seq_length",), f"{model.seq_length} is above the model's {longest} positions", "lower it")
-    yield from _model_overrides(config, shape)
     yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
+    yield from _model_overrides(config, shape)
+    reported = {problem.keys[0] for problem in [*_overrides(config), *_model_overrides(config, shape)]}
+    unknown = {f"model.overrides.{name}": text for name, text in unknown_overrides(config, hf_config).items()}
+    for key, text in unknown.items():
+        if key not in reported:
+            yield Problem((key,), text)
+    if num_zero:
+        wrong = {key.removeprefix("model.overrides.") for key in reported | unknown.keys()}
+        for key, text in zero_expert_refusals(config, hf_config, without=wrong):
+            yield Problem((key,), text)
 
 
 def _zero_expert_shape(config: Config, num_experts: int, num_zero: int) -> Iterator[Problem]:

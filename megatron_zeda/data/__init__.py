@@ -2,9 +2,11 @@
 
 from megatron_zeda.data.batches import (
     BatchBuilder,
+    BatchLayout,
     BatchOrder,
     GlobalBatch,
     MicroBatch,
+    PackedBatchBuilder,
     evaluation_batches,
     training_batches,
 )
@@ -13,10 +15,12 @@ from megatron_zeda.data.tokenizer import ChatTokenizer, load_tokenizer
 
 __all__ = [
     "BatchBuilder",
+    "BatchLayout",
     "BatchOrder",
     "ChatTokenizer",
     "GlobalBatch",
     "MicroBatch",
+    "PackedBatchBuilder",
     "Sample",
     "SampleStatistics",
     "encode_messages",

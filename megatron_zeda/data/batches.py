@@ -1,31 +1,41 @@
-"""Which samples a step sees, and the padded tensors a rank gets. A pure function of the seed and the step.
+"""Which samples a step sees, and the tensors a rank gets, padded or packed. A pure function of the seed and the step.
 
-Every rank knows all samples, so the padded length and the number of loss tokens of the whole global batch are known
-everywhere without communication.
+Every rank knows all samples, so the length and the number of loss tokens of the whole global batch are known everywhere
+without communication.
 
-Shapes: B micro-batch, S padded sequence.
+Shapes: B micro-batch (1 when packed), S sequence of the whole context-parallel group, s this rank's part of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_zeda.data.chat import Sample
+from megatron_zeda.data.packing import pack_conversations
+from megatron_zeda.platform.zigzag import thd_partition_indices
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass of one data-parallel rank reads, all ``[B, S]`` on the training device.
+    """What one forward pass of one rank reads, ``[B, s]`` on the training device.
 
     Attributes:
         tokens, labels, position_ids: int64; a label is the next token.
         loss_mask: float32, 1 where the label is a response token.
         padding_mask: bool, **True at padding** (Megatron-Core's sense).
+        cu_seqlens: of a packed micro-batch, int32 where each sequence begins and the last one ends, in positions of the
+            whole context-parallel group. Padding at the end of a sequence belongs to it: causal attention keeps it away
+            from the tokens before.
+        max_seqlen: the longest of those sequences.
     """
 
     tokens: Tensor
@@ -33,6 +43,35 @@ class MicroBatch:
     position_ids: Tensor
     loss_mask: Tensor
     padding_mask: Tensor
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The keyword arguments of ``GPTModel.forward`` that every pass over this micro-batch has in common."""
+        return {
+            "input_ids": self.tokens,
+            "position_ids": self.position_ids,
+            "attention_mask": None,  # the core attention is causal by itself
+            "padding_mask": self.padding_mask,
+            "packed_seq_params": self._packed_seq_params(),
+        }
+
+    def _packed_seq_params(self) -> Any:
+        if self.cu_seqlens is None:
+            return None
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        # One object for padded and unpadded boundaries tells Transformer Engine that there is nothing between two
+        # sequences; without padded ones it cannot split them over a context-parallel group.
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=self.cu_seqlens,
+            cu_seqlens_kv=self.cu_seqlens,
+            cu_seqlens_q_padded=self.cu_seqlens,
+            cu_seqlens_kv_padded=self.cu_seqlens,
+            max_seqlen_q=self.max_seqlen,
+            max_seqlen_kv=self.max_seqlen,
+        )
 
 
 @dataclass(frozen=True)
@@ -41,15 +80,17 @@ class GlobalBatch:
 
     Attributes:
         micro_batches: this data-parallel rank's share, in order.
-        seq_length: the one padded length all ranks and micro-batches of the step share.
+        seq_length: the one length S that all ranks and micro-batches of the step share.
         loss_tokens: response tokens predicted in the whole global batch.
         tokens: real tokens (prompt and response) in the whole global batch.
+        positions: tokens and padding of the whole global batch, which is what a step computes.
     """
 
     micro_batches: list[MicroBatch]
     seq_length: int
     loss_tokens: int
     tokens: int
+    positions: int
 
 
 class BatchOrder:
@@ -72,8 +113,27 @@ class BatchOrder:
         return int(self._permutation[offset])
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where a rank stands, and what its tensors must be multiples of.
+
+    Attributes:
+        data_parallel_rank, data_parallel_size: which samples are this rank's.
+        context_parallel_rank, context_parallel_size: which part of each sequence.
+        length_multiple: S is a multiple of it: what tensor, sequence and context parallelism and FP8 need.
+        micro_batch_multiple: the number of micro-batches is a multiple of it: what interleaved pipelines need.
+    """
+
+    data_parallel_rank: int = 0
+    data_parallel_size: int = 1
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+    length_multiple: int = 8
+    micro_batch_multiple: int = 1
+
+
 class BatchBuilder:
-    """Cuts samples into the micro-batches of one data-parallel rank."""
+    """Cuts samples into the micro-batches of one rank: one sample a row, all rows of one length."""
 
     def __init__(
         self,
@@ -81,26 +141,26 @@ class BatchBuilder:
         *,
         micro_batch_size: int,
         global_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        length_multiple: int,
+        layout: BatchLayout,
         device: torch.device,
     ) -> None:
         """Args:
         samples: all samples, the same on every rank.
-        micro_batch_size, global_batch_size: sequences; a multiple of micro-batch times data-parallel size.
-        data_parallel_rank, data_parallel_size: this rank's place.
-        length_multiple: padded lengths are multiples of it (what tensor and sequence parallelism need).
+        micro_batch_size, global_batch_size: samples.
+        layout: this rank's place.
         device: where the tensors go.
+
+        Raises:
+            ValueError: ``global_batch_size`` is not a multiple of what one micro-step holds.
         """
-        self.samples = samples
+        self.samples, self.layout, self.device = samples, layout, device
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.rank, self.size = data_parallel_rank, data_parallel_size
-        self.length_multiple, self.device = length_multiple, device
-        per_micro_step = micro_batch_size * data_parallel_size
-        if global_batch_size % per_micro_step:
-            raise ValueError(f"global batch {global_batch_size} is not a multiple of {per_micro_step}")
-        self.num_micro_batches = global_batch_size // per_micro_step
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        step = self.micro_batch_size * self.layout.data_parallel_size * self.layout.micro_batch_multiple
+        if self.global_batch_size % step:
+            raise ValueError(f"global batch {self.global_batch_size} is not a multiple of {step}")
 
     def build(self, chosen: Sequence[int | None]) -> GlobalBatch:
         """The batch of these sample indices (``global_batch_size`` of them); ``None`` is an empty row, all padding.
@@ -109,30 +169,114 @@ class BatchBuilder:
         """
         picked = [None if i is None else self.samples[i] for i in chosen]
         present = [sample for sample in picked if sample is not None]
-        longest = max(sample.num_inputs for sample in present)
-        seq_length = -(-longest // self.length_multiple) * self.length_multiple
-        stride = self.micro_batch_size * self.size
-        starts = [m * stride + self.rank * self.micro_batch_size for m in range(self.num_micro_batches)]
+        seq_length = _round_up(max(sample.num_inputs for sample in present), self.layout.length_multiple)
+        stride = self.micro_batch_size * self.layout.data_parallel_size
+        begin = self.layout.data_parallel_rank * self.micro_batch_size
+        starts = range(begin, len(picked), stride)
         return GlobalBatch(
-            micro_batches=[self._collate(picked[s : s + self.micro_batch_size], seq_length) for s in starts],
+            micro_batches=[self._rows(picked[start : start + self.micro_batch_size], seq_length) for start in starts],
             seq_length=seq_length,
             loss_tokens=sum(sample.num_loss_tokens for sample in present),
             tokens=sum(sample.num_inputs for sample in present),
+            positions=len(picked) * seq_length,
         )
 
-    def _collate(self, rows: Sequence[Sample | None], seq_length: int) -> MicroBatch:
-        tokens = np.zeros((len(rows), seq_length), dtype=np.int64)
-        labels, loss_mask = np.zeros_like(tokens), np.zeros(tokens.shape, dtype=np.float32)
-        padding_mask = np.ones(tokens.shape, dtype=np.bool_)
-        for row, sample in enumerate(rows):
-            if sample is None:
-                continue
-            n = sample.num_inputs
-            tokens[row, :n], labels[row, :n] = sample.tokens[:-1], sample.tokens[1:]
-            loss_mask[row, :n], padding_mask[row, :n] = sample.is_response[1:], False
-        position_ids = np.broadcast_to(np.arange(seq_length), tokens.shape).copy()
-        arrays = (tokens, labels, position_ids, loss_mask, padding_mask)
-        return MicroBatch(*(torch.from_numpy(array).to(self.device) for array in arrays))
+    def _rows(self, rows: Sequence[Sample | None], seq_length: int) -> MicroBatch:
+        streams = [_stream([row], [seq_length]) for row in rows]
+        whole = [np.stack(arrays) for arrays in zip(*streams, strict=True)]
+        return MicroBatch(*self._mine(whole, torch.tensor([0, seq_length])))
+
+    def _mine(self, arrays: Sequence[Array], boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """This rank's part of arrays ``[B, S]`` whose rows are the sequences between ``boundaries``."""
+        size, rank = self.layout.context_parallel_size, self.layout.context_parallel_rank
+        indices = thd_partition_indices(boundaries, arrays[0].shape[1], size, rank)
+        a, b, c, d, e = (torch.from_numpy(array).index_select(1, indices).to(self.device) for array in arrays)
+        return a, b, c, d, e
+
+
+class PackedBatchBuilder(BatchBuilder):
+    """Packs the samples of a step, however many there are, into rows of at most ``pack_length`` tokens.
+
+    A micro-batch is one pack. Every sequence in it is padded to what context parallelism needs. The padding behind the
+    last one is cut into sequences no longer than the longest, so that attention over it costs little.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        pack_length: int,
+        global_batch_size: int,
+        layout: BatchLayout,
+        device: torch.device,
+    ) -> None:
+        """Args:
+        samples: all samples, the same on every rank; none longer than a pack.
+        pack_length: the most tokens in one pack, padding of its sequences included.
+        global_batch_size: samples.
+        layout: this rank's place.
+        device: where the tensors go.
+        """
+        super().__init__(samples, micro_batch_size=1, global_batch_size=global_batch_size, layout=layout, device=device)
+        self.pack_length = pack_length
+
+    def _check_sizes(self) -> None:
+        """Nothing: any number of samples can be packed."""
+
+    def build(self, chosen: Sequence[int | None]) -> GlobalBatch:
+        """The batch of these sample indices; ``None`` is no sample."""
+        layout = self.layout
+        present = [self.samples[i] for i in chosen if i is not None]
+        multiple = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
+        lengths = [_round_up(sample.num_inputs, multiple) for sample in present]
+        packs = pack_conversations(
+            lengths, capacity=self.pack_length, multiple=layout.data_parallel_size * layout.micro_batch_multiple
+        )
+        longest_pack = max(sum(lengths[i] for i in pack) for pack in packs)
+        seq_length = _round_up(longest_pack, layout.length_multiple)
+        mine = packs[layout.data_parallel_rank :: layout.data_parallel_size]
+        return GlobalBatch(
+            micro_batches=[
+                self._pack([present[i] for i in pack], [lengths[i] for i in pack], seq_length, max(lengths))
+                for pack in mine
+            ],
+            seq_length=seq_length,
+            loss_tokens=sum(sample.num_loss_tokens for sample in present),
+            tokens=sum(sample.num_inputs for sample in present),
+            positions=len(packs) * seq_length,
+        )
+
+    def _pack(self, samples: list[Sample], lengths: list[int], seq_length: int, longest: int) -> MicroBatch:
+        rest = seq_length - sum(lengths)
+        tail = [min(longest, rest - start) for start in range(0, rest, longest)]
+        every = [*lengths, *tail]
+        stream = _stream([*samples, *[None] * len(tail)], every)
+        boundaries = torch.tensor([0, *accumulate(every)], dtype=torch.int32)
+        return MicroBatch(
+            *self._mine([array[None] for array in stream], boundaries),
+            cu_seqlens=boundaries.to(self.device),
+            max_seqlen=max(every),
+        )
+
+
+def _stream(rows: Sequence[Sample | None], lengths: Sequence[int]) -> list[Array]:
+    """Samples one behind the other, each with padding up to its length: the tensors of a micro-batch, ``[S]``."""
+    total = sum(lengths)
+    tokens, labels = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    loss_mask, padding_mask = np.zeros(total, dtype=np.float32), np.ones(total, dtype=np.bool_)
+    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    start = 0
+    for sample, length in zip(rows, lengths, strict=True):
+        if sample is not None:
+            span = slice(start, start + sample.num_inputs)
+            tokens[span], labels[span] = sample.tokens[:-1], sample.tokens[1:]
+            loss_mask[span], padding_mask[span] = sample.is_response[1:], False
+        start += length
+    return [tokens, labels, position_ids, loss_mask, padding_mask]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def training_batches(builder: BatchBuilder, *, seed: int, consumed_samples: int) -> Iterator[GlobalBatch]:

@@ -1,7 +1,7 @@
 """Forward passes that end in hidden states, through Megatron-Core's own schedules, and scores computed from them.
 
-Logits never exist for more than one chunk of tokens. Shapes: B micro-batch, S sequence, H hidden, N chosen tokens,
-V columns of this rank's vocabulary shard.
+Logits never exist for more than one chunk of tokens. Shapes: B micro-batch, S sequence (this context-parallel rank's
+part of it), H hidden, N chosen tokens, V columns of this rank's vocabulary shard.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def forward_hidden(
     Args:
         chunks: model chunks of this rank, in eval mode.
         batch: what to run.
-        on_last_stage: called with the micro-batch, the final hidden states ``[B, S, H]`` (whole sequence) and the
+        on_last_stage: called with the micro-batch, the final hidden states ``[B, S, H]`` (of its tokens) and the
             output layer's weight ``[V, H]`` (right for tied embeddings); its results are collected.
         counted: which positions ``[B, S]`` the routers count, True to leave out; default: all but the padding.
 
@@ -56,8 +56,10 @@ def forward_hidden(
             results.append(on_last_stage(micro, hidden_states.transpose(0, 1), weight))
             return hidden_states.new_zeros(1)
 
-        mask = micro.padding_mask if counted is None else counted(micro)
-        output = model(micro.tokens, micro.position_ids, None, padding_mask=mask, output_processor=keep)
+        inputs = micro.model_inputs()
+        if counted is not None:
+            inputs["padding_mask"] = counted(micro)
+        output = model(**inputs, output_processor=keep)
         return output, lambda out, non_loss_data=False: None
 
     with torch.no_grad():

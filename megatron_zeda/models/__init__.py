@@ -1,7 +1,13 @@
 """Model families: Hugging Face configuration <-> Megatron-Core, and the names of every weight in both worlds."""
 
 from megatron_zeda.models.base import ExpertLayout, Family, HfPiece, Packing, WeightRow
-from megatron_zeda.models.build import build_gpt_model, build_transformer_config, parallel_problems
+from megatron_zeda.models.build import (
+    build_gpt_model,
+    build_transformer_config,
+    draft_transformer_config,
+    parallel_problems,
+    unknown_fields,
+)
 from megatron_zeda.models.hf_config import HfConfig, load_hf_config
 from megatron_zeda.models.registry import FAMILIES, family_for
 
@@ -15,7 +21,9 @@ __all__ = [
     "WeightRow",
     "build_gpt_model",
     "build_transformer_config",
+    "draft_transformer_config",
     "family_for",
     "load_hf_config",
     "parallel_problems",
+    "unknown_fields",
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_zeda import platform
@@ -26,24 +28,11 @@ def build_transformer_config(hf_config: dict[str, Any], *, where: str | Path | N
     Raises:
         InputError: for a configuration that is not supported, an unknown field, or a combination Megatron-Core refuses.
     """
-    platform.install()
     where = where_of(hf_config) if where is None else where
-    family = family_for(hf_config, where=where)
-    config_class = family.transformer_config_class()
-    known = [field.name for field in dataclasses.fields(config_class) if field.init]
-    for name in overrides:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise InputError(
-                f"`{name}` is not a field of {config_class.__name__}",
-                where=where,
-                fix=f"did you mean `{close[0]}`?" if close else "",
-            )
-    values = {
-        **family.transformer_config_kwargs(hf_config),
-        **platform.transformer_config_overrides(),
-        **overrides,
-    }
+    unknown = unknown_fields(hf_config, overrides)
+    if unknown:
+        raise InputError("; ".join(unknown.values()), where=where)
+    config_class, values = _class_and_values(hf_config, overrides)
     problems = parallel_problems(hf_config, **{name: values[name] for name in _PARALLEL_SIZES if name in values})
     if problems:
         raise InputError("; ".join(problems), where=where)
@@ -51,6 +40,50 @@ def build_transformer_config(hf_config: dict[str, Any], *, where: str | Path | N
         return config_class(**values)
     except (ValueError, AssertionError) as error:
         raise InputError(f"Megatron-Core refuses this configuration: {error}", where=where) from error
+
+
+def unknown_fields(hf_config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Which of these names are no field of the family's configuration, and what to say about each."""
+    platform.install()
+    config_class = family_for(hf_config).transformer_config_class()
+    known = [field.name for field in dataclasses.fields(config_class) if field.init]
+    messages = {}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            messages[name] = f"`{name}` is not a field of {config_class.__name__}{hint}"
+    return messages
+
+
+def draft_transformer_config(hf_config: dict[str, Any], **overrides: Any) -> SimpleNamespace:
+    """All fields of the configuration that :func:`build_transformer_config` would build, judged by nobody yet.
+
+    For rules that shall be reported together: Megatron-Core's own stop at the first. What it derives from other fields
+    is not there.
+
+    Args:
+        hf_config: the content of ``config.json``.
+        overrides: any ``TransformerConfig`` field.
+    """
+    platform.install()
+    config_class, values = _class_and_values(hf_config, overrides)
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(config_class)
+    }
+    return SimpleNamespace(**defaults | values)
+
+
+def _class_and_values(hf_config: dict[str, Any], overrides: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The family's configuration class, and what it is called with."""
+    family = family_for(hf_config)
+    values = {
+        **family.transformer_config_kwargs(hf_config),
+        **platform.transformer_config_overrides(),
+        **overrides,
+    }
+    return family.transformer_config_class(), values
 
 
 _PARALLEL_SIZES = (

@@ -9,6 +9,7 @@ import torch
 
 from megatron_zeda import platform
 from megatron_zeda.config import Config
+from megatron_zeda.data import training_batches
 from megatron_zeda.distillation import Scores, TeacherStates, num_bytes
 from megatron_zeda.training.setup import Data
 from megatron_zeda.training.validation import ValidationResult
@@ -22,21 +23,25 @@ def lines(
     model = config.model
     sizes = {
         "TP": model.tensor_model_parallel_size,
+        "CP": model.context_parallel_size,
         "PP": model.pipeline_model_parallel_size,
         "EP": model.expert_model_parallel_size,
         "DP": facts["data_parallel_size"],
     }
     layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    virtual = model.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        layout = layout.replace(" x EP", f" ({virtual} virtual stages each) x EP")
     text = [
         f"megatron-core {importlib.metadata.version('megatron-core')}, torch {torch.__version__}, {platform.device()}, "
-        f"{platform.backend()}, Transformer Engine {_yes(platform.have_transformer_engine())}, "
-        f"fused weight gradient {_yes(platform.have_fused_weight_gradient())}",
+        f"{platform.backend()}",
+        *kernel_lines(chunks[0].config),
         f"model: {facts['family']}, {facts['num_experts']} experts + {facts['num_zero_experts']} zero experts a layer, "
         f"{parameters:,} parameters on this rank, {'bf16' if model.bf16 else 'fp32'}",
         f"zero experts: w {facts['zero_expert_weight']:g}, alpha {config.zero_experts.balance_coeff:g}, "
         f"target skip rate {100 * facts['target_skip_rate']:.1f} %",
-        f"layout: {layout} = {facts['world_size']} processes, {facts['num_micro_batches']} micro-batches of "
-        f"{config.train.micro_batch_size} sequences a step, at most {facts['tokens_per_step']:,} tokens a step",
+        f"layout: {layout} = {facts['world_size']} processes",
+        _batch_line(config, data),
     ]
     for name, statistics in data.statistics.items():
         share = statistics.loss_tokens / statistics.tokens
@@ -59,6 +64,46 @@ def lines(
             f"{num_bytes(teacher) / 2**20:,.3f} MiB on this rank"
         )
     return text
+
+
+def kernel_lines(model_config: Any) -> list[str]:
+    """Which fused kernels compute, and what the others' absence means."""
+    kernels = {
+        "Transformer Engine": (
+            model_config.transformer_impl == "transformer_engine",
+            "Megatron-Core's own layers compute",
+        ),
+        "grouped GEMM": (model_config.moe_grouped_gemm, "one GEMM for each expert"),
+        "permute fusion": (model_config.moe_permute_fusion, "tokens are sorted by several kernels"),
+        "router fusion": (model_config.moe_router_fusion, "scores and top-K by several kernels"),
+        "fused weight gradient": (
+            model_config.gradient_accumulation_fusion,
+            "gradients are added in a pass of their own; apex has the kernel",
+        ),
+    }
+    there = [name for name, (used, _) in kernels.items() if used]
+    absent = [f"{name} ({meaning})" for name, (used, meaning) in kernels.items() if not used]
+    text = [f"fused kernels: {', '.join(there) or 'none'}"]
+    if absent:
+        text.append(f"not there or off, which costs time and changes no result: {', '.join(absent)}")
+    if model_config.fp8:
+        text.append(
+            f"FP8: {model_config.fp8}, {model_config.fp8_recipe}: linear layers compute in it, the router in fp32; "
+            "parameters and checkpoints stay in bf16"
+        )
+    return text
+
+
+def _batch_line(config: Config, data: Data) -> str:
+    """What a step computes, from the first one of the run."""
+    first = next(training_batches(data.train, seed=config.dataset.seed, consumed_samples=0))
+    kind = "packs" if config.dataset.packing else "rows"
+    padding = 1.0 - first.tokens / first.positions
+    return (
+        f"batch: {config.train.global_batch_size} conversations a step, in the first one {len(first.micro_batches)} "
+        f"micro-batches a rank, {first.positions // first.seq_length} {kind} of {first.seq_length:,} tokens in all, "
+        f"{100 * padding:.0f} % of it padding"
+    )
 
 
 def gate_line(scores: Scores) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from megatron_zeda.config import Config, derived, num_train_iters
 from megatron_zeda.config_io import to_yaml
+from megatron_zeda.config_megatron import transformer_config
 from megatron_zeda.data import GlobalBatch, training_batches
 from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
@@ -165,7 +166,7 @@ def _dynamic_hf_config(config: Config) -> dict[str, Any]:
 
 def _build_student(config: Config, hf_config: dict[str, Any], train_iters: int, *, from_scratch: bool) -> _Student:
     assert config.model.checkpoint is not None and config.hf_dir is not None
-    chunks = setup.build_chunks(hf_config, setup.transformer_config(config, hf_config, where=config.hf_dir))
+    chunks = setup.build_chunks(hf_config, transformer_config(config, hf_config, where=config.hf_dir))
     if from_scratch:
         checkpoint.load_weights(chunks, Path(config.model.checkpoint))
     wrapped = setup.wrap_for_training(config, chunks)
@@ -184,7 +185,7 @@ def _run_teacher(
     folder = Path(config.teacher.checkpoint)
     teacher_config = load_hf_config(folder / "hf")
     _check_pair(hf_config, teacher_config, folder)
-    chunks = setup.build_chunks(teacher_config, setup.transformer_config(config, teacher_config, where=folder))
+    chunks = setup.build_chunks(teacher_config, transformer_config(config, teacher_config, where=folder))
     checkpoint.load_weights(chunks, folder)
     teacher = FrozenTeacher(chunks)
     before = teacher.fingerprint()

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_zeda import platform
-from megatron_zeda.config import Config, num_warmup_iters, zero_expert_weight
-from megatron_zeda.data import BatchBuilder, Sample, SampleStatistics, load_samples, load_tokenizer
+from megatron_zeda.config import Config, num_warmup_iters
+from megatron_zeda.config_megatron import length_multiple, micro_batch_multiple
+from megatron_zeda.data import (
+    BatchBuilder,
+    BatchLayout,
+    PackedBatchBuilder,
+    Sample,
+    SampleStatistics,
+    load_samples,
+    load_tokenizer,
+)
 from megatron_zeda.launch import ranks_from_environment
-from megatron_zeda.models import build_gpt_model, build_transformer_config, family_for
+from megatron_zeda.models import build_gpt_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -98,16 +105,26 @@ def load_data(config: Config, hf_config: dict[str, Any]) -> Data:
 
     model, train = config.model, config.train
     tokenizer = load_tokenizer(config.tokenizer_path)
-    builder = partial(
-        BatchBuilder,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=train.global_batch_size,
+    layout = BatchLayout(
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        # Sequence parallelism splits the sequence; 8 keeps matrix kernels on their fast path.
-        length_multiple=lcm(8, model.tensor_model_parallel_size),
-        device=platform.device(),
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        length_multiple=length_multiple(config),
+        micro_batch_multiple=micro_batch_multiple(config),
     )
+
+    def builder(samples: list[Sample]) -> BatchBuilder:
+        batch, device = train.global_batch_size, platform.device()
+        if config.dataset.packing:
+            length = train.micro_batch_size * model.seq_length
+            return PackedBatchBuilder(
+                samples, pack_length=length, global_batch_size=batch, layout=layout, device=device
+            )
+        return BatchBuilder(
+            samples, micro_batch_size=train.micro_batch_size, global_batch_size=batch, layout=layout, device=device
+        )
+
     builders: dict[str, BatchBuilder] = {}
     statistics: dict[str, SampleStatistics] = {}
     for name, paths in (("train", config.dataset.train), ("validation", config.dataset.validation)):
@@ -122,41 +139,6 @@ def load_data(config: Config, hf_config: dict[str, Any]) -> Data:
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
-
-
-def transformer_config(config: Config, hf_config: dict[str, Any], *, where: Path) -> Any:
-    """Megatron-Core's configuration of the student or the teacher at the layout of the run."""
-    model, family = config.model, family_for(hf_config, where=where)
-    dtype = torch.bfloat16 if model.bf16 else torch.float32
-    values: dict[str, Any] = {
-        "tensor_model_parallel_size": model.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
-        "context_parallel_size": model.context_parallel_size,
-        "expert_model_parallel_size": model.expert_model_parallel_size,
-        "expert_tensor_parallel_size": model.expert_tensor_parallel_size,
-        "sequence_parallel": model.sequence_parallel,
-        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
-        "moe_router_dtype": model.moe_router_dtype,
-        "bf16": model.bf16,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "calculate_per_token_loss": True,
-        "perform_initialization": False,  # every weight comes from a checkpoint
-    }
-    for name in ("granularity", "method", "num_layers", "modules"):
-        value = getattr(model, f"recompute_{name}")
-        if value is not None:
-            values[f"recompute_{name}"] = value
-    if model.moe_permute_fusion:
-        values["moe_permute_fusion"] = True
-    num_zero = family.num_zero_experts(hf_config)
-    if num_zero:
-        values["zero_expert_weight"] = zero_expert_weight(config, family.num_experts(hf_config), num_zero)
-        values["zero_expert_balance_coeff"] = config.zero_experts.balance_coeff
-        if config.zero_experts.logit_bias is not None:
-            values["zero_expert_logit_bias"] = config.zero_experts.logit_bias
-    return build_transformer_config(hf_config, where=where, **(values | model.overrides))
 
 
 def build_chunks(hf_config: dict[str, Any], model_config: Any) -> list[Any]:

@@ -1,6 +1,6 @@
 """One training step: forward and backward over the micro-batches, the finite check, the optimizer.
 
-Shapes: B micro-batch, S padded sequence.
+Shapes: B micro-batch (1 when packed), S this rank's part of the sequence.
 """
 
 from __future__ import annotations
@@ -79,13 +79,7 @@ def train_step(
 def _forward_step(iterator: Iterator[MicroBatch], model: Any, *, ce_weight: float) -> tuple[Tensor, Any]:
     """What Megatron's schedules call for one micro-batch of one model chunk."""
     micro = next(iterator)
-    losses_BS = model(
-        micro.tokens,
-        micro.position_ids,
-        None,  # the core attention is causal by itself
-        labels=micro.labels,
-        padding_mask=micro.padding_mask,
-    )
+    losses_BS = model(**micro.model_inputs(), labels=micro.labels)
     return losses_BS, partial(_masked_loss, micro.loss_mask, ce_weight)
 
 
@@ -98,7 +92,8 @@ def _masked_loss(loss_mask_BS: Tensor, ce_weight: float, losses_BS: Tensor) -> t
 def _sum_over_ranks(losses: list[Tensor], stop: bool, device: torch.device) -> tuple[float, bool]:
     """Cross entropy summed over the global batch, and whether any rank wants to stop, in one collective.
 
-    Only the last pipeline stage has losses, and its tensor-parallel ranks all have the same ones.
+    Only the last pipeline stage has losses. Its tensor-parallel ranks all have the same ones, its context-parallel
+    ranks those of their parts of the sequences.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     if losses and parallel_state.get_tensor_model_parallel_rank() == 0:

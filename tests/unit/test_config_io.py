@@ -129,7 +129,7 @@ class TestWrongInput:
             "  train_iters: 1.5\n"
             "  global_batch_size: abc\n"
             "modle: {}\n"
-            "dataset: {train: a.jsonl, packing: true}\n"
+            "dataset: {train: a.jsonl, num_workers: 2}\n"
             "logger: {run_dir: r}\n",
         )
         found = problems(path, "optimizer.lr=fast", "train.micro_batch_size=0")
@@ -141,7 +141,7 @@ class TestWrongInput:
             ("train.micro_batch_size", "greater than or equal to 1", "(override train.micro_batch_size=0)"),
             ("train.global_batch_size", '"abc" is given, a valid integer', f"({path}:7)"),
             ("optimizer.lr", '"fast" is given, a valid number', "(override optimizer.lr=fast)"),
-            ("dataset.packing", "True is refused: sequences are padded", f"({path}:9)"),
+            ("dataset.num_workers", "2 is refused: the training process tokenises", f"({path}:9)"),
         ]
         assert len(found) == len(expected), found
         for line, (key, text, origin) in zip(found, expected, strict=True):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_zeda.data import BatchBuilder, BatchOrder, GlobalBatch, Sample, evaluation_batches, training_batches
+from megatron_zeda.data import (
+    BatchBuilder,
+    BatchLayout,
+    BatchOrder,
+    GlobalBatch,
+    Sample,
+    evaluation_batches,
+    training_batches,
+)
 
 
 def make_samples(lengths: list[int]) -> list[Sample]:
@@ -23,9 +31,7 @@ def make_builder(
         samples,
         micro_batch_size=micro,
         global_batch_size=total,
-        data_parallel_rank=rank,
-        data_parallel_size=size,
-        length_multiple=8,
+        layout=BatchLayout(data_parallel_rank=rank, data_parallel_size=size),
         device=torch.device("cpu"),
     )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_runs import make_config, make_run
 
+from megatron_zeda.config_megatron import transformer_config
 from megatron_zeda.conversion.megatron_io import latest_iteration
 from megatron_zeda.data import GlobalBatch, training_batches
 from megatron_zeda.distillation import FrozenTeacher, TeacherStates, num_bytes, parity_gate, score
@@ -28,9 +29,7 @@ def build(root: Path, name: str) -> list[Any]:
     """The teacher's or the student's chunks with their weights."""
     assert latest_iteration(root / name) == 0
     hf_config = load_hf_config(root / name / "hf")
-    chunks = setup.build_chunks(
-        hf_config, setup.transformer_config(make_config(root, "x"), hf_config, where=root / name)
-    )
+    chunks = setup.build_chunks(hf_config, transformer_config(make_config(root, "x"), hf_config, where=root / name))
     checkpoint.load_weights(chunks, root / name)
     return chunks
 

@@ -1,0 +1,136 @@
+"""From our settings to Megatron-Core's ``TransformerConfig``, and what the layout of a run asks of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from megatron_zeda.config import Config, zero_expert_weight
+
+# Tokens per rank that an FP8 GEMM takes a multiple of (megatron.core.fp8_utils.get_fp8_align_size).
+_FP8_ALIGNMENT = {"mxfp8": 32}
+
+
+def transformer_settings(config: Config, hf_config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``TransformerConfig`` that a run sets, for its student or its teacher.
+
+    Args:
+        config: the configuration of the run.
+        hf_config: ``config.json`` of the model that is built.
+    """
+    import torch
+
+    from megatron_zeda.models import family_for
+
+    model, family = config.model, family_for(hf_config)
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
+    values: dict[str, Any] = {
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": model.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "expert_tensor_parallel_size": model.expert_tensor_parallel_size,
+        "sequence_parallel": model.sequence_parallel,
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_router_dtype": model.moe_router_dtype,
+        "bf16": model.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,  # every weight comes from a checkpoint
+    }
+    for name in ("granularity", "method", "num_layers", "modules"):
+        value = getattr(model, f"recompute_{name}")
+        if value is not None:
+            values[f"recompute_{name}"] = value
+    if model.moe_permute_fusion:
+        values["moe_permute_fusion"] = True
+    if model.fp8 is not None:
+        values |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
+    num_zero = family.num_zero_experts(hf_config)
+    if num_zero:
+        values["zero_expert_weight"] = zero_expert_weight(config, family.num_experts(hf_config), num_zero)
+        values["zero_expert_balance_coeff"] = config.zero_experts.balance_coeff
+        if config.zero_experts.logit_bias is not None:
+            values["zero_expert_logit_bias"] = config.zero_experts.logit_bias
+    return values | model.overrides
+
+
+def transformer_config(config: Config, hf_config: dict[str, Any], *, where: Path) -> Any:
+    """Megatron-Core's configuration of the student or the teacher at the layout of the run.
+
+    Args:
+        config: the configuration of the run.
+        hf_config: ``config.json`` of the model that is built.
+        where: the path to name in errors.
+
+    Raises:
+        InputError: for what Megatron-Core or zero experts refuse.
+    """
+    from megatron_zeda.models import build_transformer_config
+
+    return build_transformer_config(hf_config, where=where, **transformer_settings(config, hf_config))
+
+
+def setting_of(field: str) -> str:
+    """The dotted key under which a configuration sets a field of ``TransformerConfig``."""
+    return f"model.{field}" if field in {f.name for f in fields(Config().model)} else f"model.overrides.{field}"
+
+
+def length_multiple(config: Config) -> int:
+    """What the length of a micro-batch is a multiple of.
+
+    Sequence and context parallelism split it; 8 keeps matrix kernels on their fast path. FP8 GEMMs need more of every
+    rank's part.
+    """
+    model = config.model
+    tensor, context = model.tensor_model_parallel_size, model.context_parallel_size
+    if model.fp8 is not None:
+        return _FP8_ALIGNMENT.get(model.fp8_recipe or "", 16) * tensor * context
+    return lcm(8, tensor) * context
+
+
+def micro_batch_multiple(config: Config) -> int:
+    """What the number of micro-batches is a multiple of: Megatron-Core's interleaved schedule works in groups."""
+    model = config.model
+    if model.virtual_pipeline_model_parallel_size is None:
+        return 1
+    group = model.overrides.get("microbatch_group_size_per_vp_stage")
+    return group if isinstance(group, int) and group > 0 else model.pipeline_model_parallel_size
+
+
+def unknown_overrides(config: Config, hf_config: dict[str, Any]) -> dict[str, str]:
+    """The names in ``model.overrides`` that are no field of ``TransformerConfig``, and what to say about each."""
+    from megatron_zeda.models import unknown_fields
+
+    return unknown_fields(hf_config, config.model.overrides)
+
+
+def zero_expert_refusals(
+    config: Config, hf_config: dict[str, Any], *, without: Collection[str] = ()
+) -> list[tuple[str, str]]:
+    """Every reason why zero experts cannot be trained with these settings, ``(dotted key, message)`` each.
+
+    Judged are the settings as they are given: what this machine lacks does not hide them, and neither does the first
+    combination that Megatron-Core itself refuses.
+
+    Args:
+        config: the configuration of the run.
+        hf_config: the model's ``config.json``.
+        without: overrides that are left out, because something else is wrong with them.
+    """
+    from megatron_zeda.models import draft_transformer_config
+    from megatron_zeda.zero_experts import unsupported_settings
+
+    settings = transformer_settings(config, hf_config)
+    sound = {name: value for name, value in settings.items() if name not in without}
+    refusals = []
+    for line in unsupported_settings(draft_transformer_config(hf_config, **sound)):
+        setting, _, message = line.partition(": ")
+        field = setting.split("=")[0].split()[0]
+        refusals.append((setting_of(field), message if field == setting else f"{setting}: {message}"))
+    return refusals
