@@ -171,7 +171,7 @@ class LocalDotProductAttention(MegatronModule):
         )
         mask = None
         if attention_mask is not None:
-            mask = _additive_mask(attention_mask, groups, query.dtype)
+            query, mask = _visible(query, attention_mask, groups)
         elif causal and 1 < length < keys:
             # The kernels' own causal mask is aligned to the first key.
             mask = torch.ones(length, keys, dtype=torch.bool, device=query.device).tril(keys - length)
@@ -230,11 +230,12 @@ def _gather(
     return in_order.split([key.shape[-1], value.shape[-1]], dim=-1)
 
 
-def _additive_mask(attention_mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """Megatron's mask ``[B or 1, 1, S, K]`` (True is hidden) as numbers to add, ``[B * G or 1, 1, S, K]``.
+def _visible(query: torch.Tensor, attention_mask: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries ``[B * G, N / G, S, D]`` and the keys they see ``[B * G or 1, 1, S, K]``, from Megatron's mask.
 
-    They are finite, so that a row where everything is hidden (padding) is uniform as in the stock class, not NaN; half
-    of the smallest number, because kernels multiply by log2(e).
+    A query that sees nothing (padding) averages all values and has no gradient, as in the stock class; a kernel would
+    give it NaN.
     """
     hidden = attention_mask if attention_mask.shape[0] == 1 else attention_mask.repeat_interleave(groups, dim=0)
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, torch.finfo(dtype).min / 2)
+    blind = hidden.all(dim=-1, keepdim=True)
+    return query.masked_fill(blind, 0.0), ~hidden | blind

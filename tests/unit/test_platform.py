@@ -31,6 +31,12 @@ def test_cuda_names_mean_the_cpu() -> None:
     assert torch.zeros(2).type(torch.int64).dtype == torch.int64
 
 
+def test_nothing_is_pinned() -> None:
+    # Megatron-Core pins what it copies to a GPU, positions of context-parallel ranks among it.
+    tensors = [torch.tensor([1], device="cpu", pin_memory=True), torch.empty(2, pin_memory=True), torch.ones(2)]
+    assert [tensor.pin_memory().is_pinned() for tensor in tensors] == [False] * 3
+
+
 def test_other_devices_and_dtypes_are_left_alone() -> None:
     assert torch.zeros(2, device="meta").device.type == "meta"
     with torch.device("meta"):
