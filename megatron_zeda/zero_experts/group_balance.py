@@ -29,7 +29,7 @@ def group_balancing_loss(
     topk: int,
     zero_expert_weight: float,
     coeff: float,
-    token_counts: torch.Tensor | None = None,
+    num_zero_selections: torch.Tensor | float | None = None,
     num_tokens: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """Balance the real experts as one group against the zero experts as another.
@@ -40,10 +40,12 @@ def group_balancing_loss(
     ``f`` is the number of selections per token that fell into a group (``f_E + f_Z = K``) and carries no gradient;
     ``P`` is the router's mean probability of a group. The routing among the real experts is left alone.
 
-    Over a group of ranks, pass the group's ``token_counts`` and ``num_tokens``: ``f`` is then the group's, and ``P``
-    is this rank's part of the group's mean (its own sum over the *group's* token count). The values of the ranks add
-    up to the loss of the whole group, exactly, however unevenly the tokens are spread. A product of two local means
+    Over a group of ranks, pass the group's ``num_zero_selections`` and ``num_tokens``: ``f`` is then the group's, and
+    ``P`` is this rank's part of the group's mean (its own sum over the *group's* token count). The values of the ranks
+    add up to the loss of the whole group, exactly, however unevenly the tokens are spread. A product of two local means
     would not.
+
+    On a GPU an MoE layer takes milliseconds and each of these small operations microseconds: there are few on purpose.
 
     Args:
         probs: ``[T, G]`` full score distribution (rows sum to 1); rows of padding tokens are zero.
@@ -52,7 +54,7 @@ def group_balancing_loss(
         topk: K.
         zero_expert_weight: w, the weight of the zero group (2 aims at half of the selections when Z = E / 2).
         coeff: alpha.
-        token_counts: ``[G]`` selections per expert over the whole group; default: those of ``routing_map``.
+        num_zero_selections: selections of zero experts over the whole group; default: those of ``routing_map``.
         num_tokens: number of valid tokens of the whole group; default: T, which is right without padding.
 
     Returns:
@@ -70,15 +72,16 @@ def group_balancing_loss(
         raise ValueError(f"no zero expert: {probs.shape[-1]} columns for {num_real_experts} real experts")
     if zero_expert_weight <= 0:
         raise ValueError(f"zero_expert_weight must be positive, got {zero_expert_weight}")
-    probs_TG = probs.float()
-    if token_counts is None:
-        token_counts = routing_map.sum(dim=0)
+    if num_zero_selections is None:
+        num_zero_selections = routing_map[:, num_real_experts:].sum()
     if num_tokens is None:
-        num_tokens = probs_TG.shape[0]
-    tokens = torch.as_tensor(num_tokens, dtype=torch.float32, device=probs.device).clamp(min=1.0)
-    f_G = token_counts.detach().float() / tokens
-    p_G = probs_TG.sum(dim=0) / tokens
-    real, zero = slice(None, num_real_experts), slice(num_real_experts, None)
+        num_tokens = probs.shape[0]
     weighted_zero = zero_expert_weight * num_zero_experts
-    balance = f_G[real].sum() * p_G[real].sum() / num_real_experts + f_G[zero].sum() * p_G[zero].sum() / weighted_zero
-    return coeff * (num_real_experts + weighted_zero) / topk * balance
+    scale = coeff * (num_real_experts + weighted_zero) / topk
+    with torch.no_grad():
+        tokens = torch.as_tensor(num_tokens, device=probs.device).clamp(min=1)
+        f_Z = torch.as_tensor(num_zero_selections, device=probs.device) / tokens
+        real_weight = (topk - f_Z) * (scale / num_real_experts)
+        zero_weight = f_Z * (scale / weighted_zero)
+        weights_G = torch.cat([real_weight.expand(num_real_experts), zero_weight.expand(num_zero_experts)]) / tokens
+    return torch.dot(probs.float().sum(dim=0), weights_G.float())

@@ -117,38 +117,40 @@ class ZeroExpertRouter(TopKRouter):
     ) -> torch.Tensor:
         """Count selections, and attach the losses: their gradients join in the backward pass."""
         with torch.no_grad():
-            valid_map_TG = routing_map_TG if padding_T is None else routing_map_TG & ~padding_T[:, None]
-            num_valid = valid_map_TG.new_full((), valid_map_TG.shape[0], dtype=torch.int64)
+            skipped_TZ = routing_map_TG[:, self.num_real_experts :]
+            num_valid = logits_TG.new_full((), logits_TG.shape[0], dtype=torch.int64)
             if padding_T is not None:
-                num_valid = (~padding_T).sum()
-            local = torch.cat([valid_map_TG.sum(dim=0), num_valid[None]])
-            self.counts.add_selections(local[self.num_real_experts : -1].sum(), num_valid * self.topk)
+                skipped_TZ, num_valid = skipped_TZ & ~padding_T[:, None], (~padding_T).sum()
+            local = torch.stack([skipped_TZ.sum(), num_valid])
+            self.counts.add_selections(local)
         if not self.training:
             return probs_TG
 
-        with torch.no_grad():
+        group = local
+        if self.tp_dp_cp_group.size() > 1:
             group = local.clone()
-            if self.tp_dp_cp_group.size() > 1:
-                torch.distributed.all_reduce(group, group=self.tp_dp_cp_group)
+            torch.distributed.all_reduce(group, group=self.tp_dp_cp_group)
+        num_zero_selections, num_tokens = group.unbind()
         coeff, z_coeff = self.config.zero_expert_balance_coeff, self.config.moe_z_loss_coeff or 0.0
         with torch.set_grad_enabled(coeff > 0.0):
             loss = group_balancing_loss(
                 self._score_distribution(logits_TG, padding_T),
-                valid_map_TG,
+                routing_map_TG,
                 num_real_experts=self.num_real_experts,
                 topk=self.topk,
                 zero_expert_weight=self.config.zero_expert_weight,
                 coeff=1.0,
-                token_counts=group[:-1],
-                num_tokens=group[-1],
+                num_zero_selections=num_zero_selections,
+                num_tokens=num_tokens,
             )
         self.counts.add_balance_loss(loss.detach())
         if coeff == 0.0 and z_coeff == 0.0:
             return probs_TG
-        total = coeff * loss
+        scale = self._gradient_scale()
+        total = (coeff * scale) * loss
         if z_coeff != 0.0:
-            total = total + z_coeff * self._z_loss(logits_TG, padding_T, group[-1])
-        return MoEAuxLossAutoScaler.apply(probs_TG, self._gradient_scale() * total)
+            total = total + (z_coeff * scale) * self._z_loss(logits_TG, padding_T, num_tokens)
+        return MoEAuxLossAutoScaler.apply(probs_TG, total)
 
     def _z_loss(
         self, logits_TG: torch.Tensor, padding_T: torch.Tensor | None, num_tokens: torch.Tensor
