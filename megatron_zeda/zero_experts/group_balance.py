@@ -29,7 +29,7 @@ def group_balancing_loss(
     topk: int,
     zero_expert_weight: float,
     coeff: float,
-    num_zero_selections: torch.Tensor | float | None = None,
+    token_counts: torch.Tensor | None = None,
     num_tokens: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """Balance the real experts as one group against the zero experts as another.
@@ -40,12 +40,10 @@ def group_balancing_loss(
     ``f`` is the number of selections per token that fell into a group (``f_E + f_Z = K``) and carries no gradient;
     ``P`` is the router's mean probability of a group. The routing among the real experts is left alone.
 
-    Over a group of ranks, pass the group's ``num_zero_selections`` and ``num_tokens``: ``f`` is then the group's, and
-    ``P`` is this rank's part of the group's mean (its own sum over the *group's* token count). The values of the ranks
-    add up to the loss of the whole group, exactly, however unevenly the tokens are spread. A product of two local means
+    Over a group of ranks, pass the group's ``token_counts`` and ``num_tokens``: ``f`` is then the group's, and ``P``
+    is this rank's part of the group's mean (its own sum over the *group's* token count). The values of the ranks add
+    up to the loss of the whole group, exactly, however unevenly the tokens are spread. A product of two local means
     would not.
-
-    On a GPU an MoE layer takes milliseconds and each of these small operations microseconds: there are few on purpose.
 
     Args:
         probs: ``[T, G]`` full score distribution (rows sum to 1); rows of padding tokens are zero.
@@ -54,7 +52,7 @@ def group_balancing_loss(
         topk: K.
         zero_expert_weight: w, the weight of the zero group (2 aims at half of the selections when Z = E / 2).
         coeff: alpha.
-        num_zero_selections: selections of zero experts over the whole group; default: those of ``routing_map``.
+        token_counts: ``[G]`` selections per expert over the whole group; default: those of ``routing_map``.
         num_tokens: number of valid tokens of the whole group; default: T, which is right without padding.
 
     Returns:
@@ -72,16 +70,47 @@ def group_balancing_loss(
         raise ValueError(f"no zero expert: {probs.shape[-1]} columns for {num_real_experts} real experts")
     if zero_expert_weight <= 0:
         raise ValueError(f"zero_expert_weight must be positive, got {zero_expert_weight}")
-    if num_zero_selections is None:
-        num_zero_selections = routing_map[:, num_real_experts:].sum()
-    if num_tokens is None:
-        num_tokens = probs.shape[0]
+    if token_counts is None:
+        token_counts = routing_map.sum(dim=0)
+    return loss_of_group_counts(
+        probs,
+        num_real_selections=token_counts[:num_real_experts].sum(),
+        num_zero_selections=token_counts[num_real_experts:].sum(),
+        num_tokens=torch.as_tensor(probs.shape[0] if num_tokens is None else num_tokens, device=probs.device),
+        num_real_experts=num_real_experts,
+        topk=topk,
+        zero_expert_weight=zero_expert_weight,
+        coeff=coeff,
+    )
+
+
+def loss_of_group_counts(
+    probs: torch.Tensor,
+    *,
+    num_real_selections: torch.Tensor,
+    num_zero_selections: torch.Tensor,
+    num_tokens: torch.Tensor,
+    num_real_experts: int,
+    topk: int,
+    zero_expert_weight: float,
+    coeff: float,
+) -> torch.Tensor:
+    """:func:`group_balancing_loss` from the three scalars that it needs of the routing.
+
+    On a GPU an MoE layer takes milliseconds and each of these small operations microseconds: there are few on purpose.
+
+    Args:
+        probs: ``[T, G]``.
+        num_real_selections, num_zero_selections, num_tokens: scalars, of the whole group of ranks.
+        num_real_experts, topk, zero_expert_weight, coeff: see there.
+    """
+    num_zero_experts = probs.shape[-1] - num_real_experts
     weighted_zero = zero_expert_weight * num_zero_experts
     scale = coeff * (num_real_experts + weighted_zero) / topk
     with torch.no_grad():
-        tokens = torch.as_tensor(num_tokens, device=probs.device).clamp(min=1)
-        f_Z = torch.as_tensor(num_zero_selections, device=probs.device) / tokens
-        real_weight = (topk - f_Z) * (scale / num_real_experts)
-        zero_weight = f_Z * (scale / weighted_zero)
-        weights_G = torch.cat([real_weight.expand(num_real_experts), zero_weight.expand(num_zero_experts)]) / tokens
+        # f / T of each group: one division by T is that of f, the other that of P.
+        tokens_squared = num_tokens.clamp(min=1).double().square()
+        real_weight = num_real_selections * (scale / num_real_experts) / tokens_squared
+        zero_weight = num_zero_selections * (scale / weighted_zero) / tokens_squared
+        weights_G = torch.cat([real_weight.expand(num_real_experts), zero_weight.expand(num_zero_experts)])
     return torch.dot(probs.float().sum(dim=0), weights_G.float())

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
-from megatron_zeda.zero_experts.group_balance import group_balancing_loss
+from megatron_zeda.zero_experts.group_balance import loss_of_group_counts
 from megatron_zeda.zero_experts.statistics import RouterCounts
 
 _loss_tokens: torch.Tensor | float | None = None
@@ -133,15 +133,15 @@ class ZeroExpertRouter(TopKRouter):
         num_zero_selections, num_tokens = group.unbind()
         coeff, z_coeff = self.config.zero_expert_balance_coeff, self.config.moe_z_loss_coeff or 0.0
         with torch.set_grad_enabled(coeff > 0.0):
-            loss = group_balancing_loss(
+            loss = loss_of_group_counts(
                 self._score_distribution(logits_TG, padding_T),
-                routing_map_TG,
+                num_real_selections=num_tokens * self.topk - num_zero_selections,
+                num_zero_selections=num_zero_selections,
+                num_tokens=num_tokens,
                 num_real_experts=self.num_real_experts,
                 topk=self.topk,
                 zero_expert_weight=self.config.zero_expert_weight,
                 coeff=1.0,
-                num_zero_selections=num_zero_selections,
-                num_tokens=num_tokens,
             )
         self.counts.add_balance_loss(loss.detach())
         if coeff == 0.0 and z_coeff == 0.0:

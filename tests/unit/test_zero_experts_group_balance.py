@@ -52,10 +52,7 @@ def test_is_one_on_target_and_pushes_towards_it() -> None:
         counts = probs[0] * k * 1000
         settings = {"num_real_experts": n, "topk": k, "zero_expert_weight": w, "coeff": 1.0, "num_tokens": 1000}
         on_target = group_balancing_loss(
-            probs.expand(1000, -1),
-            torch.zeros(1000, n + z, dtype=torch.bool),
-            num_zero_selections=float(counts[n:].sum()),
-            **settings,
+            probs.expand(1000, -1), torch.zeros(1000, n + z, dtype=torch.bool), token_counts=counts, **settings
         )
         assert on_target.item() == pytest.approx(1.0, rel=1e-5)
 
@@ -70,9 +67,9 @@ def test_parts_of_a_group_add_up_to_the_whole() -> None:
     probs, routing_map = _random_routing(60, 8, 4, 3)
     settings = {"num_real_experts": 8, "topk": 3, "zero_expert_weight": 2.0, "coeff": 0.1}
     whole = group_balancing_loss(probs, routing_map, **settings)
-    skipped = routing_map[:, 8:].sum()
+    counts = routing_map.sum(0)
     parts = sum(
-        group_balancing_loss(probs[part], routing_map[part], num_zero_selections=skipped, num_tokens=60, **settings)
+        group_balancing_loss(probs[part], routing_map[part], token_counts=counts, num_tokens=60, **settings)
         for part in (slice(0, 7), slice(7, 40), slice(40, 60))
     )
     torch.testing.assert_close(parts, whole)
