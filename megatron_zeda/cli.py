@@ -15,14 +15,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_zeda import __version__
-from megatron_zeda.config import Config
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.launch import Ranks, ranks_from_environment
 
@@ -147,52 +145,17 @@ def _check_or_raise(args: argparse.Namespace) -> int:
     if shape is None:
         notes.append("the model's config.json is not there yet: its shape was not checked")
     else:
+        from megatron_zeda.config_machine import check_with_megatron, unavailable_here
         from megatron_zeda.models import load_hf_config
 
         hf_config = load_hf_config(shape.parent)
-        _check_megatron(config, hf_config)
-        notes += _unavailable_here(config)
+        check_with_megatron(config, hf_config)
+        notes += unavailable_here(config)
         if shape.parent != config.hf_dir:
             notes.append(f"the model's shape was taken from {shape}")
     facts = derived(config, world_size or smallest_world_size(config), hf_config)
     _print_check(args.json, asdict(config), to_yaml(config), facts, notes)
     return 0
-
-
-def _check_megatron(config: Config, hf_config: dict[str, Any]) -> None:
-    """Let Megatron-Core judge the model's settings, without those that need what this machine lacks."""
-    from megatron_zeda import platform
-    from megatron_zeda.config_io import ConfigErrors
-    from megatron_zeda.config_megatron import transformer_config
-
-    forced = platform.transformer_config_overrides()
-    own = {name: value for name, value in forced.items() if hasattr(config.model, name)}
-    overrides = {name: value for name, value in config.model.overrides.items() if name not in forced}
-    portable = replace(config, model=replace(config.model, overrides=overrides, **own))
-    try:
-        transformer_config(portable, hf_config, where=Path("model"))
-    except InputError as error:
-        raise ConfigErrors(str(error).splitlines()) from error
-
-
-def _unavailable_here(config: Config) -> list[str]:
-    """Settings that need hardware or libraries that this machine (a login node, perhaps) does not have."""
-    from megatron_zeda import platform
-
-    lines = []
-    for name, value in platform.transformer_config_overrides().items():
-        for key, wanted in (
-            (f"model.{name}", getattr(config.model, name, value)),
-            (f"model.overrides.{name}", config.model.overrides.get(name, value)),
-        ):
-            if wanted != value:
-                lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
-    optimizer = config.optimizer
-    if optimizer.optimizer_cpu_offload and platform.device().type == "cpu":
-        lines.append("optimizer.optimizer_cpu_offload: true needs a GPU to offload from")
-    elif optimizer.use_precision_aware_optimizer and not platform.have_transformer_engine():
-        lines.append("optimizer.use_precision_aware_optimizer: true needs Transformer Engine and a GPU")
-    return [f"{line}, which this machine does not have" for line in lines]
 
 
 def _print_check(
@@ -215,8 +178,10 @@ def _train(args: argparse.Namespace) -> int:
     ranks = ranks_from_environment()
     try:
         config = load_config(args.config, args.overrides, world_size=ranks.world_size)
+        from megatron_zeda.config_machine import unavailable_here
+
         absent, wrong = missing_inputs(config)
-        problems = [*absent, *wrong, *_unavailable_here(config)]
+        problems = [*absent, *wrong, *unavailable_here(config)]
         if problems:
             raise ConfigErrors(problems)
     except ConfigErrors as error:

@@ -10,8 +10,13 @@ from typing import Any
 
 from megatron_zeda.config import Config, zero_expert_weight
 
-# Tokens per rank that an FP8 GEMM takes a multiple of (megatron.core.fp8_utils.get_fp8_align_size).
-_FP8_ALIGNMENT = {"mxfp8": 32}
+# Tokens per rank that FP8 takes a multiple of: GEMMs 16, blocks of scales more (otherwise Transformer Engine gathers a
+# sequence in bf16).
+_FP8_ALIGNMENT = {"tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+
+# Megatron-Core's defaults exchange both messages between two stages in one batch. With two of them, the one to the next
+# and the one to the previous stage go to the same process, which receives them in the other order: wrong, silently.
+VIRTUAL_PIPELINE = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 def transformer_settings(config: Config, hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +52,8 @@ def transformer_settings(config: Config, hf_config: dict[str, Any]) -> dict[str,
         value = getattr(model, f"recompute_{name}")
         if value is not None:
             values[f"recompute_{name}"] = value
+    if model.virtual_pipeline_model_parallel_size is not None:
+        values |= VIRTUAL_PIPELINE
     if model.moe_permute_fusion:
         values["moe_permute_fusion"] = True
     if model.fp8 is not None:
@@ -90,7 +97,7 @@ def length_multiple(config: Config) -> int:
     model = config.model
     tensor, context = model.tensor_model_parallel_size, model.context_parallel_size
     if model.fp8 is not None:
-        return _FP8_ALIGNMENT.get(model.fp8_recipe or "", 16) * tensor * context
+        return _FP8_ALIGNMENT[model.fp8_recipe or "tensorwise"] * tensor * context
     return lcm(8, tensor) * context
 
 

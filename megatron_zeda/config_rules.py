@@ -12,7 +12,12 @@ from math import prod
 from typing import Any
 
 from megatron_zeda.config import Config, smallest_world_size
-from megatron_zeda.config_megatron import micro_batch_multiple, unknown_overrides, zero_expert_refusals
+from megatron_zeda.config_megatron import (
+    VIRTUAL_PIPELINE,
+    micro_batch_multiple,
+    unknown_overrides,
+    zero_expert_refusals,
+)
 from megatron_zeda.errors import InputError
 
 
@@ -123,6 +128,10 @@ _MODEL_DEFAULTS = frozenset(
         "layernorm_zero_centered_gamma",
         "linear_attention_freq",
         "moe_apply_probs_on_input",
+        "moe_expert_capacity_factor",
+        "moe_input_jitter_eps",
+        "moe_latent_size",
+        "moe_layer_freq",
         "moe_router_enable_expert_bias",
         "moe_router_force_biased",
         "moe_router_force_load_balancing",
@@ -130,6 +139,9 @@ _MODEL_DEFAULTS = frozenset(
         "moe_router_topk_scaling_factor",
         "moe_shared_expert_gate",
         "moe_shared_expert_intermediate_size",
+        "moe_token_drop_policy",
+        "mtp_num_layers",
+        "mtp_use_repeated_layer",
         "multi_latent_attention",
         "no_rope_freq",
         "qk_l2_norm",
@@ -276,6 +288,13 @@ def _pipeline(config: Config) -> Iterator[Problem]:
         yield Problem(keys, f"{virtual} virtual stages need pipeline_model_parallel_size above 1", "use null")
     elif virtual == 1:
         yield Problem(keys, "one virtual stage a process is the pipeline as it is", "use null")
+    for name, value in VIRTUAL_PIPELINE.items():
+        if virtual is not None and model.overrides.get(name, value) != value:
+            yield Problem(
+                (f"model.overrides.{name}", keys[0]),
+                "virtual pipeline stages of two processes would receive each other's messages in the wrong order",
+                "remove it",
+            )
 
 
 def _precision(config: Config) -> Iterator[Problem]:

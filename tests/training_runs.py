@@ -22,7 +22,7 @@ def write_rollouts(path: Path, count: int, *, seed: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def make_run(root: Path) -> None:
+def make_run(root: Path, *, num_layers: int = 2) -> None:
     """Fill ``root`` with ``teacher_hf``, ``teacher``, ``student_hf``, ``student`` and the two jsonl files."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -33,7 +33,7 @@ def make_run(root: Path) -> None:
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

@@ -32,17 +32,9 @@ from megatron_zeda.conversion import megatron_io
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.models.hf_config import zero_logit_bias
+from megatron_zeda.training.optimizer_state import METADATA, allocate_adam_states, load_optimizer, only_data
 from megatron_zeda.training.setup import unwrap
 from megatron_zeda.training.signals import helpers_outlive_signals
-
-# Stored in the shape of whole parameters, so that another layout can load them. Hand out copies: Megatron-Core adds the
-# process group of the moment to what it is given.
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 
 
 @dataclass
@@ -121,7 +113,7 @@ def _names(chunks: list[Any]) -> list[str]:
 
 def _model_state(chunks: list[Any]) -> dict[str, Any]:
     return {
-        name: megatron_io.drop_extra_state(unwrap(chunk).sharded_state_dict(metadata=dict(_METADATA)))
+        name: megatron_io.drop_extra_state(unwrap(chunk).sharded_state_dict(metadata=dict(METADATA)))
         for name, chunk in zip(_names(chunks), chunks, strict=True)
     }
 
@@ -219,7 +211,7 @@ def _sharded_rng_state() -> Any:
     return ShardedObject("rng_state", _rng_state(), (world,), (torch.distributed.get_rank(),), replica_id=0)
 
 
-# ---- saving and resuming --------------------------------------------------------------------------------------------
+# ---- saving ---------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler: Any, progress: Progress) -> Path:
@@ -241,7 +233,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
             if first:
                 _begin(partial)
         state = _model_state(chunks)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=dict(_METADATA))
+        state["optimizer"] = only_data(optimizer.sharded_state_dict(dict(state), metadata=dict(METADATA)))
         state |= {
             "opt_param_scheduler": scheduler.state_dict(),
             "rng_state": _sharded_rng_state(),
@@ -249,7 +241,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
             "zeda_progress": asdict(progress),
             "iteration": progress.iteration,
         }
-        dist_checkpointing.save(state, str(partial), content_metadata=dict(_METADATA))
+        dist_checkpointing.save(state, str(partial), content_metadata=dict(METADATA))
         with _all_or_none(config.save_dir):
             if first:
                 _finish(config, partial, final, progress)
@@ -286,7 +278,12 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
     assert config.model.checkpoint is not None  # the rules of the configuration demand it
     source = Path(config.model.checkpoint)
     manifest = megatron_io.read_manifest(source)
-    manifest |= {"iteration": progress.iteration, "layout": _layout(config), "seed": config.train.seed}
+    manifest |= {
+        "iteration": progress.iteration,
+        "layout": _layout(config),
+        "precision": _precision(config),
+        "seed": config.train.seed,
+    }
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
     _write_hf_folder(config, source / "hf")
@@ -337,71 +334,20 @@ def _layout(config: Config) -> dict[str, Any]:
     return {**sizes, "world_size": torch.distributed.get_world_size(), "device": platform.device().type}
 
 
+def _precision(config: Config) -> dict[str, str]:
+    """What parameters are stored in, and what linear layers computed in: FP8 leaves no trace in the checkpoint."""
+    model = config.model
+    stored = "bf16" if model.bf16 else "fp32"
+    return {"parameters": stored, "compute": stored if model.fp8 is None else f"fp8 {model.fp8} {model.fp8_recipe}"}
+
+
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-# ---- torch's AdamW, where neither Transformer Engine nor apex brings an Adam ----------------------------------------
-#
-# DistributedOptimizer can save it but not load it: it looks for the step count before there is a state, then for a
-# saved tensor of every entry of the state, step counts included, and leaves one step count shared by all parameters.
-
-
-def _torch_adams(optimizer: Any) -> Iterator[tuple[int, Any, torch.optim.AdamW]]:
-    for index, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            yield index, part, part.optimizer
-
-
-def _allocate_adam_states(optimizer: Any) -> None:
-    """Give torch's AdamW the state it would get in its first step."""
-    for _, _, inner in _torch_adams(optimizer):
-        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _optimizer_states(optimizer: Any, state: dict[Any, Any]) -> list[dict[str, Any]]:
-    """One state per optimizer of the chain, whatever chain the checkpoint was written with.
-
-    Experts have an optimizer of their own where they are split over ranks, so the chain depends on the layout. The
-    tensors were asked for and found under today's structure; of the rest only the step count is needed.
-    """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    saved = [
-        value
-        for value in (state, *state.values())
-        if isinstance(value, dict) and "param_groups" in value.get("optimizer", ())
-    ]
-    states = []
-    for index, part in enumerate(parts):
-        own = state if len(parts) == 1 else state.get(index, {})
-        if "optimizer" not in own and "param_state" in own and saved:
-            own = part.state_dict() | {key: own[key] for key in own if str(key).startswith("param_state")}
-            own["param_state_sharding_type"] = _METADATA["distrib_optim_sharding_type"]
-            for group in own["optimizer"]["param_groups"]:
-                group["step"] = saved[0]["optimizer"]["param_groups"][0]["step"]
-        states.append(own)
-    return states
-
-
-def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
-    """``optimizer.load_state_dict(state)``, with the tensors of a torch AdamW loaded while its step counts are away."""
-    states = _optimizer_states(optimizer, state)
-    tensors = {index: states[index].pop("param_state", None) for index, _, _ in _torch_adams(optimizer)}
-    optimizer.load_state_dict(states[0] if len(states) == 1 else dict(enumerate(states)))
-    for index, part, inner in _torch_adams(optimizer):
-        steps = {parameter: values.pop("step") for parameter, values in inner.state.items()}
-        if tensors[index] is not None:
-            part.load_parameter_state_from_fully_reshardable(tensors[index])
-        for parameter, step in steps.items():
-            inner.state[parameter]["step"] = step.clone()
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 
 def resume(config: Config, folder: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> tuple[Progress, bool]:
@@ -427,15 +373,15 @@ def resume(config: Config, folder: Path, chunks: list[Any], optimizer: Any, sche
             fix="start a run from it with model.checkpoint",
         )
     same_layout = saved["layout"] == _layout(config)
-    _allocate_adam_states(optimizer)
+    allocate_adam_states(optimizer)
     with _loading(iteration_dir):
         state = _model_state(chunks)
-        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=dict(_METADATA))
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=dict(METADATA))
         if same_layout:
             state["rng_state"] = _sharded_rng_state()
         state = dist_checkpointing.load(state, str(iteration_dir), strict="raise_unexpected")
         _load_model_state(chunks, state)
-        _load_optimizer(optimizer, state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["opt_param_scheduler"])
         if same_layout:
             _set_rng_state(state["rng_state"])

@@ -26,6 +26,7 @@ from megatron_zeda.data import (
     load_samples,
     load_tokenizer,
 )
+from megatron_zeda.errors import InputError
 from megatron_zeda.launch import ranks_from_environment
 from megatron_zeda.models import build_gpt_model
 
@@ -142,7 +143,11 @@ def load_data(config: Config, hf_config: dict[str, Any]) -> Data:
 
 
 def build_chunks(hf_config: dict[str, Any], model_config: Any) -> list[Any]:
-    """This rank's model chunks on the device, in bf16 if asked for, without gradients' buffers and without weights."""
+    """This rank's model chunks on the device, in bf16 if asked for, without gradients' buffers and without weights.
+
+    Raises:
+        InputError: the settings need a library that is not installed.
+    """
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
 
@@ -151,13 +156,20 @@ def build_chunks(hf_config: dict[str, Any], model_config: Any) -> list[Any]:
     for vp_stage in range(num_stages or 1):
         stage = vp_stage if num_stages else None
         place = {"ignore_virtual": False, "vp_stage": stage}
-        chunk = build_gpt_model(
-            hf_config,
-            model_config,
-            pre_process=parallel_state.is_pipeline_first_stage(**place),
-            post_process=parallel_state.is_pipeline_last_stage(**place),
-            vp_stage=stage,
-        ).to(platform.device())
+        try:
+            chunk = build_gpt_model(
+                hf_config,
+                model_config,
+                pre_process=parallel_state.is_pipeline_first_stage(**place),
+                post_process=parallel_state.is_pipeline_last_stage(**place),
+                vp_stage=stage,
+            ).to(platform.device())
+        except ImportError as error:
+            raise InputError(
+                f"the model needs a library that is not there: {error}",
+                where="model",
+                fix="install it, or choose settings that do without (moe_token_dispatcher_type: alltoall)",
+            ) from error
         chunks.append(Float16Module(model_config, chunk) if model_config.bf16 else chunk)
     return chunks
 
@@ -227,6 +239,8 @@ def build_optimizer(config: Config, chunks: list[Any], *, train_iters: int) -> t
             bf16=config.model.bf16,
             params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
             overlap_param_gather=config.ddp.overlap_param_gather,
+            # Its checkpoints would hold the low halves of the master weights, which cannot be loaded.
+            store_param_remainders=False,
         ),
         chunks,
     )

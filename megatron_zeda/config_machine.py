@@ -1,0 +1,94 @@
+"""What a configuration asks of the machine: settings that need hardware or libraries that are not there.
+
+A login node has neither GPU nor Transformer Engine, and yet configurations are checked on it: what is missing is a note
+of ``zeda check`` and an error of ``zeda train``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_zeda import platform
+from megatron_zeda.config import Config
+from megatron_zeda.config_io import ConfigErrors
+from megatron_zeda.config_megatron import transformer_config
+from megatron_zeda.errors import InputError
+
+# The library behind each of the flex dispatcher's backends, and what it is called.
+_DISPATCH_LIBRARIES = {
+    "deepep": ("deep_ep", "DeepEP"),
+    "hybridep": ("deep_ep", "DeepEP's HybridEP"),
+    "ncclep": ("transformer_engine", "Transformer Engine's NCCL-EP"),
+}
+
+
+def check_with_megatron(config: Config, hf_config: dict[str, Any]) -> None:
+    """Let Megatron-Core judge the model's settings, without those that need what this machine lacks.
+
+    Raises:
+        ConfigErrors: with Megatron-Core's own words.
+    """
+    forced = platform.transformer_config_overrides()
+    own = {name: value for name, value in forced.items() if hasattr(config.model, name)}
+    if not platform.have_transformer_engine():
+        own |= {"fp8": None, "fp8_recipe": None}
+    overrides = {name: value for name, value in config.model.overrides.items() if name not in forced}
+    portable = replace(config, model=replace(config.model, overrides=overrides, **own))
+    try:
+        transformer_config(portable, hf_config, where=Path("model"))
+    except InputError as error:
+        raise ConfigErrors(str(error).splitlines()) from error
+
+
+def unavailable_here(config: Config) -> list[str]:
+    """Settings that need hardware or libraries that this machine does not have, one line each."""
+    model, optimizer = config.model, config.optimizer
+    lines = []
+    for name, value in platform.transformer_config_overrides().items():
+        for key, wanted in (
+            (f"model.{name}", getattr(model, name, value)),
+            (f"model.overrides.{name}", model.overrides.get(name, value)),
+        ):
+            if wanted != value:
+                lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
+    if model.fp8 is not None and not platform.have_transformer_engine():
+        lines.append(f"model.fp8: {json.dumps(model.fp8)} needs Transformer Engine and a GPU")
+    if optimizer.optimizer_cpu_offload and platform.device().type == "cpu":
+        lines.append("optimizer.optimizer_cpu_offload: true needs a GPU to offload from")
+    elif optimizer.use_precision_aware_optimizer and not platform.have_transformer_engine():
+        lines.append("optimizer.use_precision_aware_optimizer: true needs Transformer Engine and a GPU")
+    lines = [f"{line}, which this machine does not have" for line in lines]
+    return [*lines, *_no_dispatcher(config), *_no_fp8(config)]
+
+
+def _no_dispatcher(config: Config) -> list[str]:
+    if config.model.moe_token_dispatcher_type != "flex":
+        return []
+    backend = config.model.overrides.get("moe_flex_dispatcher_backend", "deepep")
+    module, library = _DISPATCH_LIBRARIES.get(backend, ("", str(backend)))
+    if platform.device().type == "cuda" and module and importlib.util.find_spec(module) is not None:
+        return []
+    return [
+        f'model.moe_token_dispatcher_type: "flex" with backend {backend} needs {library} and a GPU, which this machine '
+        "does not have; alltoall needs neither"
+    ]
+
+
+def _no_fp8(config: Config) -> list[str]:
+    """Why this GPU cannot compute with the recipe, in Transformer Engine's words."""
+    if config.model.fp8 is None or not platform.have_transformer_engine():
+        return []
+    import torch  # noqa: F401  # before Transformer Engine, whose libraries need it
+    from transformer_engine import pytorch as te
+
+    available = {
+        "tensorwise": te.is_fp8_available,
+        "blockwise": te.is_fp8_block_scaling_available,
+        "mxfp8": te.is_mxfp8_available,
+    }[config.model.fp8_recipe or "tensorwise"]
+    supported, reason = available(return_reason=True)
+    return [] if supported else [f"model.fp8_recipe: {config.model.fp8_recipe} cannot be used on this GPU: {reason}"]
