@@ -104,9 +104,9 @@ _OVERRIDE_OWNERS = {
 # TransformerConfig fields that the trainer cannot serve.
 _OVERRIDE_REFUSALS = {
     "fp8_param": "parameters and checkpoints stay in bf16: FP8 is compute only",
-    "fp8_dot_product_attention": "attention in FP8 scales by its history, which checkpoints do not hold",
-    "fp8_multi_head_attention": "attention in FP8 scales by its history, which checkpoints do not hold",
-    "fp4": "FP4 needs Blackwell GPUs, and nobody has tried it with zero experts",
+    "fp8_dot_product_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
+    "fp8_multi_head_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
+    "fp4": "batches are not aligned to what FP4 GEMMs take",
     "hierarchical_context_parallel_sizes": "the trainer creates one group for context parallelism",
     "hybrid_context_parallel": "all packs of a step are split over the whole context-parallel group",
 }

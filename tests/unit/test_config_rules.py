@@ -64,6 +64,10 @@ def test_the_papers_layout() -> None:
 
 
 BATCH = {"train__global_batch_size": 120}
+VIRTUAL_KEY = "model.virtual_pipeline_model_parallel_size"
+VIRTUAL_FIELD = "model__virtual_pipeline_model_parallel_size"
+VIRTUAL = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
+FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +118,53 @@ BATCH = {"train__global_batch_size": 120}
         ({"distillation__cross_entropy": 0.0}, 1, "distillation.cross_entropy", "weight 0"),
         ({"model__recompute_method": "uniform"}, 1, "model.recompute_method", "no effect"),
         ({"model__recompute_modules": ["moe"]}, 1, "model.recompute_modules", "no effect"),
+        (
+            {"model__context_parallel_size": 2, "model__seq_length": 4098},
+            2,
+            "model.seq_length",
+            "4098 is not a multiple of 2 x context_parallel_size 2, which splits it; use 4096 or 4100",
+        ),
+        (
+            {
+                **PAPER,
+                "model__context_parallel_size": 2,
+                "model__expert_model_parallel_size": 4,
+                "model__seq_length": 24,
+            },
+            8,
+            "model.seq_length",
+            "tensor_model_parallel_size 4 x 2 x context_parallel_size 2",
+        ),
+        ({"model__context_parallel_size": 2}, 3, "model.tensor_model_parallel_size", "context_parallel_size 2"),
+        (
+            {"model__virtual_pipeline_model_parallel_size": 2},
+            1,
+            "model.virtual_pipeline_model_parallel_size",
+            "need pipeline_model_parallel_size above 1",
+        ),
+        (VIRTUAL | {VIRTUAL_FIELD: 1}, 2, VIRTUAL_KEY, "the pipeline as it is"),
+        (
+            VIRTUAL | {"model__virtual_pipeline_model_parallel_size": 5},
+            2,
+            "model.pipeline_model_parallel_size",
+            "2 x 5",
+        ),
+        (
+            VIRTUAL | {"train__global_batch_size": 12, "train__micro_batch_size": 4},
+            2,
+            "train.global_batch_size",
+            "x 2, the micro-batches that virtual pipeline stages work on in turn, = 8; use 8 or 16",
+        ),
+        (
+            VIRTUAL | {"model__overrides": {"batch_p2p_comm": True}},
+            2,
+            "model.overrides.batch_p2p_comm",
+            "in the wrong order",
+        ),
+        ({"model__fp8": "hybrid"}, 1, "model.fp8_recipe", "use tensorwise"),
+        ({"model__fp8_recipe": "blockwise"}, 1, "model.fp8_recipe", "no effect without model.fp8"),
+        (FP8 | {"model__bf16": False}, 1, "model.fp8", "set model.bf16=true"),
+        (FP8 | {"model__overrides": {"fp8_param": True}}, 1, "model.overrides.fp8_param", "stay in bf16"),
         ({"model__overrides": {"bf16": True}}, 1, "model.overrides.bf16", "set model.bf16"),
         ({"model__overrides": {"params_dtype": "x"}}, 1, "model.overrides.params_dtype", "set model.bf16"),
         ({"model__overrides": {"calculate_per_token_loss": False}}, 1, "model.overrides.calculate_per_token_loss", ""),
@@ -122,6 +173,23 @@ BATCH = {"train__global_batch_size": 120}
 def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, text: str) -> None:
     problem = only(find_problems(make(**values), world_size=world_size, hf_config=SHAPE))
     assert problem.keys[0] == key and text in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size"),
+    [
+        ({"model__context_parallel_size": 4, "model__expert_model_parallel_size": 4}, 4),
+        (VIRTUAL, 2),
+        (VIRTUAL | {"model__overrides": {"microbatch_group_size_per_vp_stage": 4}}, 2),
+        # Any number of conversations can be packed.
+        ({"dataset__packing": True, "train__global_batch_size": 130}, 4),
+        (VIRTUAL | {"dataset__packing": True, "train__global_batch_size": 1}, 2),
+        (FP8, 1),
+        ({"model__moe_token_dispatcher_type": "flex", "model__expert_model_parallel_size": 2}, 2),
+    ],
+)
+def test_what_fits(values: dict[str, Any], world_size: int) -> None:
+    assert find_problems(make(**values), world_size=world_size, hf_config=SHAPE) == []
 
 
 @pytest.mark.parametrize(

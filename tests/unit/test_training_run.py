@@ -106,15 +106,16 @@ def test_law_7_a_killed_run_goes_on_as_if_it_had_not_been(root: Path, whole: Con
     assert metrics(config) == metrics(whole)
 
 
-@pytest.mark.parametrize("changes", [{"use_distributed_optimizer": False}, {"bf16": True}])
-def test_law_7_with_other_optimizers(root: Path, changes: dict[str, bool]) -> None:
+@pytest.mark.parametrize("changes", [{"use_distributed_optimizer": False}, {"bf16": True}, {"packing": True}])
+def test_law_7_with_other_settings(root: Path, changes: dict[str, bool]) -> None:
     runs = []
     for name, interval in (("one-go", 100), ("two-goes", 2)):
         config = make_config(root, f"{name}-{next(iter(changes))}")
         config.checkpoint.save_interval, config.train.train_iters = interval, 4
         config.teacher.checkpoint, config.dataset.validation = None, []
         for key, value in changes.items():
-            setattr(config.model if key == "bf16" else config.optimizer, key, value)
+            section = {"bf16": config.model, "packing": config.dataset}.get(key, config.optimizer)
+            setattr(section, key, value)
         assert train(config) == 0
         runs.append(config)
     (runs[1].save_dir / "latest_checkpointed_iteration.txt").write_text("2")
@@ -150,10 +151,11 @@ def zero_selections(folder: Path, rows: list[list[int]]) -> tuple[list[Tensor], 
     return logits, zeros
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_law_6_the_reported_skip_rate_is_the_exported_models(root: Path, recompute: bool) -> None:
-    config = make_config(root, f"law6-{recompute}")
+@pytest.mark.parametrize(("recompute", "packing"), [(False, False), (True, False), (True, True)])
+def test_law_6_the_reported_skip_rate_is_the_exported_models(root: Path, recompute: bool, packing: bool) -> None:
+    config = make_config(root, f"law6-{recompute}-{packing}")
     config.train.train_iters, config.train.micro_batch_size = 1, 2
+    config.dataset.packing = packing
     if recompute:
         config.model.recompute_granularity, config.model.recompute_method = "full", "uniform"
         config.model.recompute_num_layers = 1
@@ -169,11 +171,13 @@ def test_law_6_the_reported_skip_rate_is_the_exported_models(root: Path, recompu
     assert metrics(config)[0]["skip_rate_per_layer"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_first_step_equals_transformers_autograd(root: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_first_step_equals_transformers_autograd(root: Path, packing: bool) -> None:
     from transformers import AutoModelForCausalLM
 
-    config = make_config(root, "autograd")
+    config = make_config(root, f"autograd-{packing}")
     config.train.train_iters, config.zero_experts.balance_coeff = 1, 0.0
+    config.dataset.packing = packing
     assert train(config) == 0
     samples = samples_of(config, config.dataset.train)
     order = BatchOrder(len(samples), seed=config.dataset.seed)
