@@ -71,7 +71,7 @@ class TestCheck:
         assert cli.main(["check", EXAMPLE, "--world-size", "8"]) == 0
         out = capsys.readouterr().out
         facts = dict(line[4:].split(": ") for line in out.splitlines() if line.startswith("#   "))
-        assert facts["data_parallel_size"] == "2" and facts["num_micro_batches"] == "64"
+        assert facts["data_parallel_size"] == "2" and facts["tokens_per_pack"] == "32768"
         assert facts["target_skip_rate"] == "0.5" and facts["num_zero_experts"] == "64"
         assert "does not exist: to be provided before training" in out
         # In one bucket, each save would hold another copy of all expert states in host memory.
