@@ -89,7 +89,7 @@ def interleaved(
     """Time ``runs`` in their order, again and again. A name that occurs twice is run (and recorded) twice a round.
 
     Args:
-        runs: names and functions; every function is called once untimed first.
+        runs: names and functions; every function is called twice untimed first.
         rounds: how often the whole sequence is timed.
         device: see :func:`seconds`.
         before: called untimed before every call (to drop the gradients of the last one).
@@ -97,9 +97,10 @@ def interleaved(
     Returns:
         Durations in seconds by name, in the order of the calls.
     """
-    for run in dict(runs).values():
-        before()
-        run()
+    for _ in range(2):
+        for run in dict(runs).values():
+            before()
+            run()
     durations: dict[str, list[float]] = {name: [] for name, _ in runs}
     gc.collect()
     gc.disable()

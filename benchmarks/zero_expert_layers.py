@@ -113,9 +113,7 @@ def stock_layer(dynamic: ZeroExpertMoELayer, shape: str, device: torch.device, *
 def dense_zeros_layer(dynamic: ZeroExpertMoELayer, shape: str, device: torch.device) -> MoELayer:
     """A stock layer with E + Z experts: the dynamic layer's E (not copied), then Z all-zero ones, which it computes."""
     num_real, num_zero = dynamic.config.num_moe_experts, dynamic.config.num_zero_experts
-    config = layer_config(
-        shape, num_moe_experts=num_real + num_zero, num_zero_experts=0, zero_expert_balance_coeff=0.0
-    )
+    config = layer_config(shape, num_moe_experts=num_real + num_zero, num_zero_experts=0, zero_expert_balance_coeff=0.0)
     layer = build_layer(config, device)
     with torch.no_grad():
         for parameter in layer.experts.parameters():
@@ -164,10 +162,10 @@ def _copy_router(layer: MoELayer, source: ZeroExpertMoELayer, columns: int) -> N
 
 @torch.no_grad()
 def turn_dial(router: ZeroExpertRouter, hidden: torch.Tensor, skip_rate: float, group: Any = None) -> None:
-    """Set a router's ``zero_expert_logit_bias`` so that ``skip_rate`` of its selections for ``hidden`` are zero experts.
+    """Set a router's dial so that ``skip_rate`` of its selections for ``hidden`` are zero experts.
 
     Args:
-        router: its dial is changed, its counts are not.
+        router: its ``zero_logit_bias`` is changed, its counts are not.
         hidden: ``[S, B, H]``, the router's input on this rank.
         skip_rate: 0 masks the zero experts; otherwise the dial is found by bisection.
         group: ranks whose tokens count together.
