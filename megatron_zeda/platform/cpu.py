@@ -217,6 +217,8 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("the CPU adapter must not be installed on a machine with CUDA")
+    from megatron_zeda.platform.cpu_optimizer import patch_offloaded_optimizer
+
     # Megatron decorates small functions with torch.compile; compiling them needs a C++ compiler and minutes.
     torch.compiler.set_stance("force_eager")
     _patch_tensors()
@@ -225,4 +227,5 @@ def install() -> None:
     _patch_split_sizes()
     _patch_uneven_collectives()
     _patch_norm()
+    patch_offloaded_optimizer()
     _installed = True
