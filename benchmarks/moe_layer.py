@@ -22,7 +22,15 @@ import torch
 import torch.multiprocessing as mp
 from side_by_side import Target, interleaved, ratio, spread, start, write
 from torch.utils._python_dispatch import TorchDispatchMode
-from zero_expert_layers import SHAPES, dense_zeros_layer, dynamic_layer, naive_layer, stock_layer, turn_dial
+from zero_expert_layers import (
+    SHAPES,
+    dense_zeros_layer,
+    dynamic_layer,
+    fp8_layer,
+    naive_layer,
+    stock_layer,
+    turn_dial,
+)
 
 R0_LIMIT, R50_LIMIT, OVERHEAD_LIMIT, BYTES_LIMIT = 1.03, 0.60, 0.03, 0.01
 
@@ -88,8 +96,7 @@ class Bench:
         self.layers = [self.dynamic, self.stock, self.dense_zeros]
         self.fp8 = None
         if args.fp8:
-            recipe = {"fp8": "hybrid", "fp8_recipe": args.fp8}
-            self.fp8 = dynamic_layer(args.shape, self.device, **recipe)
+            self.fp8 = fp8_layer(self.dynamic, args.shape, self.device, args.fp8)
             self.layers.append(self.fp8)
 
     def hidden(self, tokens: int) -> torch.Tensor:

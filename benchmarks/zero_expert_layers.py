@@ -131,9 +131,22 @@ def dense_zeros_layer(dynamic: ZeroExpertMoELayer, shape: str, device: torch.dev
     return layer
 
 
+def fp8_layer(dynamic: ZeroExpertMoELayer, shape: str, device: torch.device, recipe: str) -> ZeroExpertMoELayer:
+    """A dynamic layer that computes in FP8, with (copies of) the same weights."""
+    layer = dynamic_layer(shape, device, fp8="hybrid", fp8_recipe=recipe)
+    weights = dict(dynamic.named_parameters())
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(weights[name])
+    return layer
+
+
 def naive_layer(dynamic: ZeroExpertMoELayer, shape: str, device: torch.device) -> ZeroExpertMoELayer:
-    """The shortest way to zero experts: slice the router's output and keep the stock dispatcher."""
-    layer = build_layer(layer_config(shape), device)
+    """The shortest way to zero experts: slice the router's output and keep the stock dispatcher.
+
+    The permutation is the unfused one: given the stock count, the fused kernels read rows that nobody wrote.
+    """
+    layer = build_layer(layer_config(shape, moe_permute_fusion=False), device)
     layer.experts, layer.shared_experts = dynamic.experts, dynamic.shared_experts
     _copy_router(layer, dynamic, dynamic.router.num_experts)
     ours = layer.token_dispatcher
