@@ -57,9 +57,9 @@ def unavailable_here(config: Config) -> list[str]:
                 lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
     if model.fp8 is not None and not platform.have_transformer_engine():
         lines.append(f"model.fp8: {json.dumps(model.fp8)} needs Transformer Engine and a GPU")
-    if optimizer.optimizer_cpu_offload and platform.device().type == "cpu":
-        lines.append("optimizer.optimizer_cpu_offload: true needs a GPU to offload from")
-    elif optimizer.use_precision_aware_optimizer and not platform.have_transformer_engine():
+    # With states in host memory Megatron-Core falls back to torch's AdamW.
+    on_device = optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload
+    if on_device and not platform.have_transformer_engine():
         lines.append("optimizer.use_precision_aware_optimizer: true needs Transformer Engine and a GPU")
     lines = [f"{line}, which this machine does not have" for line in lines]
     return [*lines, *_no_dispatcher(config), *_no_fp8(config)]

@@ -375,6 +375,18 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             yield Problem(keys, "bf16 needs optimizer.use_precision_aware_optimizer", "use fp32, or turn that on")
         elif optimizer.optimizer_cpu_offload:
             yield Problem(keys, "bf16 has no effect on offloaded Adam states, which are fp32", "use fp32")
+    if optimizer.optimizer_cpu_offload and not config.model.bf16:
+        yield Problem(
+            ("optimizer.optimizer_cpu_offload", "model.bf16"),
+            "true with bf16 false: Megatron-Core cannot load such Adam states of fp32 parameters again",
+            "set model.bf16=true, or turn it off",
+        )
+    if optimizer.optimizer_cpu_offload and optimizer.optimizer_offload_fraction == 0.0:
+        yield Problem(
+            ("optimizer.optimizer_offload_fraction", "optimizer.optimizer_cpu_offload"),
+            "0 offloads nothing, and no count of steps is saved then",
+            "set optimizer.optimizer_cpu_offload=false",
+        )
     if optimizer.optimizer_offload_fraction != 1.0 and not optimizer.optimizer_cpu_offload:
         yield Problem(
             ("optimizer.optimizer_offload_fraction", "optimizer.optimizer_cpu_offload"),

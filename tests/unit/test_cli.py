@@ -207,18 +207,20 @@ class TestTrain:
             "model.overrides.moe_grouped_gemm=true",
             "optimizer.use_precision_aware_optimizer=true",
         ]
-        for offload, key in (
-            ("false", "optimizer.use_precision_aware_optimizer"),
-            ("true", "optimizer.optimizer_cpu_offload"),
-        ):
+        wanted = [
+            "model.moe_permute_fusion",
+            "model.overrides.moe_grouped_gemm",
+            "optimizer.use_precision_aware_optimizer",
+        ]
+        # With Adam states in host memory torch's AdamW computes, which is everywhere.
+        for offload, keys in (("false", wanted), ("true", wanted[:2])):
             arguments = [str(ready), *overrides, f"optimizer.optimizer_cpu_offload={offload}"]
-            wanted = ["model.moe_permute_fusion", "model.overrides.moe_grouped_gemm", key]
             assert cli.main(["train", *arguments]) == 2
             found = capsys.readouterr().err.splitlines()
-            assert [line.split(": ")[1] for line in found] == wanted
+            assert [line.split(": ")[1] for line in found] == keys
             assert cli.main(["check", *arguments, "--json"]) == 0
             notes = json.loads(capsys.readouterr().out)["notes"]
-            assert [line.split(": ")[0] for line in notes] == wanted
+            assert [line.split(": ")[0] for line in notes] == keys
         assert trained == []
 
     def test_the_world_size_comes_from_srun(

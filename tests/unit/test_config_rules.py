@@ -67,6 +67,7 @@ BATCH = {"train__global_batch_size": 120}
 VIRTUAL_KEY = "model.virtual_pipeline_model_parallel_size"
 VIRTUAL_FIELD = "model__virtual_pipeline_model_parallel_size"
 VIRTUAL = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
+OFFLOAD = {"optimizer__optimizer_cpu_offload": True, "optimizer__use_precision_aware_optimizer": True}
 FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
 
 
@@ -113,6 +114,13 @@ FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
         ({"optimizer__min_lr": 1.0}, 1, "optimizer.min_lr", "above lr"),
         ({"optimizer__optimizer_cpu_offload": True}, 1, "optimizer.optimizer_cpu_offload", "precision_aware"),
         ({"optimizer__optimizer_offload_fraction": 0.5}, 1, "optimizer.optimizer_offload_fraction", "no effect"),
+        (OFFLOAD | {"model__bf16": False}, 1, "optimizer.optimizer_cpu_offload", "set model.bf16=true"),
+        (
+            OFFLOAD | {"optimizer__optimizer_offload_fraction": 0.0},
+            1,
+            "optimizer.optimizer_offload_fraction",
+            "nothing",
+        ),
         ({"optimizer__exp_avg_dtype": "bf16"}, 1, "optimizer.exp_avg_dtype", "needs"),
         ({"ddp__overlap_param_gather": True}, 1, "ddp.overlap_param_gather", "ddp.overlap_grad_reduce"),
         ({"distillation__cross_entropy": 0.0}, 1, "distillation.cross_entropy", "weight 0"),
