@@ -83,6 +83,7 @@ def test_permute_fusion_changes_nothing(dispatcher: str, dial: float) -> None:
             output, _ = layer(hidden)
             output.square().sum().backward()
             passes += [output.detach(), hidden.grad]
+        assert layer.token_dispatcher.config.moe_permute_fusion == fusion  # not slower for ever after
         runs.append([torch.tensor(rows), *passes, *(parameter.grad for parameter in layer.parameters())])
         assert rows[0] == {0.0: rows[1], -1e3: T * K, 1e3: 0}[dial]
     for unfused, fused in zip(*runs, strict=True):
