@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 
 from megatron_zeda.zero_experts import (
     ZeroExpertMoELayer,
@@ -133,6 +134,23 @@ def test_law_2_with_latent_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_into_experts(layer)
     _equal_with_gradients(layer, dense_zero_twin(layer, moe_latent_size=8))
     assert 0 < rows[0] < T * K and layer.experts.local_experts[0].linear_fc1.weight.shape[1] == 8
+
+
+def test_recorded_routing_is_replayed_with_its_skips() -> None:
+    RouterReplay.clear_global_router_replay_instances()
+    layer = dynamic_layer(layer_config(moe_enable_routing_replay=True))
+    rows = rows_into_experts(layer)
+    try:
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
+        layer(tokens(seed=0))
+        RouterReplay.set_replay_data(RouterReplay.get_recorded_data())
+        RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+        layer(tokens(seed=1))
+        RouterReplay.clear_global_router_replay_action()
+        layer(tokens(seed=1))
+    finally:
+        RouterReplay.clear_global_router_replay_instances()
+    assert rows[0] == rows[1] != rows[2]
 
 
 def _model(config: Any, spec: Any, **kwargs: Any) -> GPTModel:
