@@ -88,7 +88,6 @@ def case(
         dtype: of parameters and hidden states.
         changes: configuration fields; the balancing loss is off unless they turn it on.
     """
-    torch.manual_seed(7)
     settings: dict[str, Any] = {
         "zero_expert_balance_coeff": 0.0,
         "params_dtype": dtype,
@@ -115,6 +114,10 @@ def case(
         weight.zero_()
         weight[:, :G] = torch.eye(G)
         weight += 1e-3 * torch.randn(weight.shape, generator=numbers).to(weight)
+        for name in ("linear_fc1", "linear_fc2"):  # the same experts, grouped or not, on any device
+            for parameter in expert_parameters(layer, name):
+                values = torch.randn(parameter.shape, generator=numbers) * layer.config.init_method_std
+                parameter.copy_(values)
     cotangent = torch.randn(hidden.shape, generator=numbers).to(hidden)
     place = {"device": platform.device(), "dtype": dtype}
     return Case(layer, hidden.to(**place).requires_grad_(), chosen, cotangent.to(**place))

@@ -1,0 +1,118 @@
+"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|runs FOLDER``.
+
+A process of its own, because the CPU adapter refuses to run where a GPU is visible; Transformer Engine is hidden too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent.parent
+
+# Head and hidden sizes that fused attention and blocks of 128 values accept.
+MODEL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 32,
+    "ffn_hidden_size": 128,
+    "moe_ffn_hidden_size": 128,
+    "init_method_std": 0.05,
+}
+LENGTHS = (40, 64, 24)  # sequences of a pack, 128 tokens in all
+
+
+def call(what: str, folder: Path) -> None:
+    """Run this file in a process that sees neither GPU nor Transformer Engine."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, __file__, what, str(folder)], env=environment, check=True)
+
+
+def tokens() -> Any:
+    """``[1, 128]`` token numbers below 64."""
+    import torch
+
+    return torch.randint(0, 64, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+
+
+def losses_and_gradients(model: Any, packed: bool = False) -> tuple[Any, dict[str, Any]]:
+    """Per-token losses ``[1, 128]`` and the gradients of their mean, by Transformer Engine's names, in fp32 on the CPU.
+
+    One sequence of 128 tokens, or a pack of three.
+    """
+    import torch
+    from attention_models import pack
+
+    from megatron_zeda import platform
+
+    ids = tokens().to(platform.device())
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]) if packed else torch.arange(ids.shape[1])
+    parameters = {}
+    if packed:
+        parameters["packed_seq_params"] = pack(*LENGTHS)
+        for name in ("cu_seqlens_q", "cu_seqlens_kv"):
+            boundaries = getattr(parameters["packed_seq_params"], name).to(ids.device)
+            setattr(parameters["packed_seq_params"], name, boundaries)
+            setattr(parameters["packed_seq_params"], f"{name}_padded", boundaries)
+    losses = model(ids, positions.to(ids.device)[None], None, labels=ids.roll(-1, 1), **parameters)
+    losses.float().mean().backward()
+    gradients = {te_name(name): p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return losses.detach().float().cpu(), gradients
+
+
+def te_name(name: str) -> str:
+    """What Transformer Engine's fused modules call a parameter of the local layers."""
+    name = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+    if "local_experts." not in name:
+        return name
+    before, after = name.split("local_experts.")
+    number, _, rest = after.partition(".")
+    return f"{before}{rest}{number}"
+
+
+def write_model(folder: Path) -> None:
+    """A model of the local layers: its checkpoint, its losses and gradients."""
+    import torch
+    from attention_models import build_model
+    from layers import layer_config
+    from megatron.core import dist_checkpointing
+    from spawn import initialize_megatron
+
+    from megatron_zeda import platform
+    from megatron_zeda.conversion import megatron_io
+
+    platform.install()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    initialize_megatron()
+    model = build_model(layer_config(**MODEL))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "router" not in name:
+                parameter *= 0.25  # tests/attention_models.py draws them with 0.2, for a narrower model
+    target = megatron_io.iteration_dir(folder, 0)
+    target.mkdir(parents=True)
+    state = {"model": megatron_io.drop_extra_state(model.sharded_state_dict())}
+    dist_checkpointing.save(state, str(target))
+    megatron_io.write_latest_iteration(folder, 0)
+    torch.save(losses_and_gradients(model), folder / "reference.pt")
+
+
+def write_runs(folder: Path) -> None:
+    """Teacher, student, data, and a run of six fp32 steps in ``folder/cpu``."""
+    from training_runs import make_config, make_run
+
+    from megatron_zeda.training import train
+
+    make_run(folder)
+    assert train(make_config(folder, "cpu")) == 0
+
+
+if __name__ == "__main__":
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # importing it fails from here on
+    {"model": write_model, "runs": write_runs}[sys.argv[1]](Path(sys.argv[2]))
