@@ -18,15 +18,20 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_zeda.platform.zigzag import check_boundaries, thd_partition_indices
 
-__all__ = ["LocalDotProductAttention", "local_core_attention", "thd_partition_indices"]
+__all__ = ["LocalDotProductAttention", "LocalMLASelfAttention", "local_core_attention", "thd_partition_indices"]
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
@@ -138,7 +143,7 @@ class LocalDotProductAttention(MegatronModule):
         first = 0
         for start, end in pairwise(boundaries):
             length = (end - start) // chunks
-            for number in held if length else ():
+            for number in held:
                 last = start + (number + 1) * length  # causal: no later key of the sequence is needed
                 queries, seen = slice(first, first + length), slice(start, last)
                 contexts.append(self._attend(query[queries], key[seen], value[seen], None))
@@ -186,6 +191,29 @@ class LocalDotProductAttention(MegatronModule):
     ) -> dict[str, Any]:
         """Nothing: there are no parameters."""
         return {}
+
+
+class LocalMLASelfAttention(MLASelfAttention):
+    """Multi-latent attention whose gradients are right with tensor parallelism in the local spec.
+
+    There the down projection of keys and values is column-parallel, and Megatron-Core 0.19 gathers its output in a way
+    that leaves each rank with the gradient of its own heads for the rotary part of the keys, which all heads share
+    (https://github.com/NVIDIA/Megatron-LM/issues/1699).
+    """
+
+    def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the stock method, with all columns of the keys' and values' projection for this rank's part of the
+        sequence: the caller then takes the path of Transformer Engine's replicated projection, which sums what it
+        should. Without sequence parallelism Megatron-Core trains no MoE layer, and the forward pass is right.
+        """
+        query, both = super()._qkv_down_projection(hidden_states)
+        if (
+            self.config.sequence_parallel
+            and both.shape[-1] != self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
+        ):
+            both = gather_from_tensor_model_parallel_region(both, group=self.tp_group)
+            both = scatter_to_sequence_parallel_region(both, group=self.tp_group)
+        return query, both
 
 
 def local_core_attention(config: TransformerConfig) -> type[MegatronModule]:

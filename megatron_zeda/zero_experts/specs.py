@@ -14,10 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_zeda.platform.attention import local_core_attention
+from megatron_zeda.platform.attention import LocalMLASelfAttention, local_core_attention
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
 from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
 from megatron_zeda.zero_experts.router import ZeroExpertRouter
@@ -133,5 +134,9 @@ def _with_local_attention(spec: ModuleSpec, config: ZeroExpertTransformerConfig)
     attention = spec.submodules.self_attention
     if attention.submodules.core_attention is not DotProductAttention:
         return spec
-    swapped = replace(attention.submodules, core_attention=local_core_attention(config))
-    return replace(spec, submodules=replace(spec.submodules, self_attention=replace(attention, submodules=swapped)))
+    attention = replace(
+        attention,
+        module=LocalMLASelfAttention if attention.module is MLASelfAttention else attention.module,
+        submodules=replace(attention.submodules, core_attention=local_core_attention(config)),
+    )
+    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
