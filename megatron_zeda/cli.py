@@ -1,7 +1,7 @@
 """``zeda check | train | rollout | eval | report``. Exit 0 done, 1 failed, 2 wrong input.
 
-The commands' own modules are imported only when they run, torch only to judge the model's shape, and Megatron-Core only
-for a configuration that has passed everything else: a typing error is answered in half a second.
+The commands' own modules are imported only when they run, torch and Megatron-Core only to judge the settings of a model
+whose ``config.json`` is there: without it a typing error is answered in half a second.
 """
 
 from __future__ import annotations

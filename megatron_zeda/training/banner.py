@@ -76,6 +76,7 @@ def kernel_lines(model_config: Any) -> list[str]:
         "grouped GEMM": (model_config.moe_grouped_gemm, "one GEMM for each expert"),
         "permute fusion": (model_config.moe_permute_fusion, "tokens are sorted by several kernels"),
         "router fusion": (model_config.moe_router_fusion, "scores and top-K by several kernels"),
+        "fused RoPE": (model_config.apply_rope_fusion, "packs are turned one conversation at a time"),
         "fused weight gradient": (
             model_config.gradient_accumulation_fusion,
             "gradients are added in a pass of their own; apex has the kernel",

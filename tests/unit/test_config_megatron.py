@@ -24,7 +24,7 @@ from megatron_zeda.config_megatron import (
     zero_expert_refusals,
 )
 from megatron_zeda.errors import InputError
-from megatron_zeda.training import banner, setup
+from megatron_zeda.training import banner, checkpoint, setup
 
 SHAPE = json.loads((Path(__file__).parents[2] / "examples/qwen3_30b_a3b/config.json").read_text())
 
@@ -159,6 +159,7 @@ def kernels(**changes: Any) -> list[str]:
         "moe_grouped_gemm": True,
         "moe_permute_fusion": True,
         "moe_router_fusion": True,
+        "apply_rope_fusion": True,
         "gradient_accumulation_fusion": True,
         "fp8": None,
         "fp8_recipe": "delayed",
@@ -168,19 +169,20 @@ def kernels(**changes: Any) -> list[str]:
 
 def test_the_banner_names_the_kernels_and_what_their_absence_means() -> None:
     [line] = kernels()
-    assert line.endswith("Transformer Engine, grouped GEMM, permute fusion, router fusion, fused weight gradient")
+    assert line.endswith(
+        "Transformer Engine, grouped GEMM, permute fusion, router fusion, fused RoPE, fused weight gradient"
+    )
     there, absent = kernels(gradient_accumulation_fusion=False)
     assert "fused weight gradient" not in there
     assert "changes no result: fused weight gradient (" in absent and "apex" in absent
-    assert (
-        kernels(
-            transformer_impl="local",
-            **dict.fromkeys(
-                ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion", "gradient_accumulation_fusion"), False
-            ),
-        )[0]
-        == "fused kernels: none"
-    )
+    fused = "moe_grouped_gemm moe_permute_fusion moe_router_fusion apply_rope_fusion gradient_accumulation_fusion"
+    there, _ = kernels(transformer_impl="local", **dict.fromkeys(fused.split(), False))
+    assert there == "fused kernels: none"
+
+
+def test_a_checkpoint_says_that_fp8_is_compute_only() -> None:
+    precision = checkpoint._precision(make(fp8="hybrid", fp8_recipe="tensorwise"))
+    assert precision == {"parameters": "bf16", "compute": "fp8 hybrid tensorwise"}
 
 
 def test_the_banner_says_that_fp8_is_compute_only() -> None:

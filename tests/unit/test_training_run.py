@@ -82,6 +82,8 @@ def test_what_a_run_leaves(whole: Config) -> None:
     for name in ("config.yaml", "zeda_manifest.json", ".metadata"):
         assert (whole.save_dir / "iter_0000006" / name).is_file()
     assert "train_iters: 6" in (whole.run_dir / "config.yaml").read_text()
+    manifest = json.loads((whole.save_dir / "zeda_manifest.json").read_text())
+    assert manifest["precision"] == {"parameters": "fp32", "compute": "fp32"}
 
 
 def test_law_7_a_killed_run_goes_on_as_if_it_had_not_been(root: Path, whole: Config) -> None:
