@@ -9,6 +9,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_zeda import platform
 from megatron_zeda.zero_experts import (
+    ZeroExpertMLATransformerConfig,
     ZeroExpertMoELayer,
     ZeroExpertTransformerConfig,
     get_zero_expert_layer_spec,
@@ -17,7 +18,7 @@ from megatron_zeda.zero_experts import (
 E, Z, K, H, F = 8, 4, 4, 32, 16
 
 
-def layer_config(**changes: Any) -> ZeroExpertTransformerConfig:
+def layer_config(**changes: Any) -> ZeroExpertTransformerConfig | ZeroExpertMLATransformerConfig:
     """A one-layer configuration at the sizes above; ``changes`` are any configuration fields."""
     settings: dict[str, Any] = {
         "num_layers": 1,
@@ -44,7 +45,8 @@ def layer_config(**changes: Any) -> ZeroExpertTransformerConfig:
         **platform.transformer_config_overrides(),
     }
     settings.update(changes)
-    return ZeroExpertTransformerConfig(**settings)
+    latent = settings.get("multi_latent_attention", False)
+    return (ZeroExpertMLATransformerConfig if latent else ZeroExpertTransformerConfig)(**settings)
 
 
 def dynamic_layer(config: ZeroExpertTransformerConfig) -> MoELayer:

@@ -74,8 +74,9 @@ class ZeroExpertMoELayer(MoELayer):
         Args:
             hidden_states: ``[S, B, H]``, this rank's part of the sequence.
             intermediate_tensors: upstream's, for partial CUDA graphs.
-            padding_mask: ``[B, S]``, True for padding; with sequence parallelism also the whole ``[B, S * TP]``, which
-                ``GPTModel`` scatters on the first pipeline stage only.
+            padding_mask: ``[B, S]``, True for padding; with sequence parallelism also ``[B, S * TP]``, which
+                ``GPTModel`` scatters on the first pipeline stage only. With context parallelism it is the rank's part,
+                like the tokens.
         """
         if padding_mask is not None:
             padding_mask = self._local_padding_mask(padding_mask, hidden_states.shape[0])
@@ -88,5 +89,6 @@ class ZeroExpertMoELayer(MoELayer):
             return padding_mask.narrow(1, self.tp_group.rank() * local_length, local_length)
         raise ValueError(
             f"padding_mask {tuple(padding_mask.shape)} does not fit {local_length} positions on each of "
-            f"{self.tp_group.size()} tensor-parallel ranks; it is [batch, sequence]"
+            f"{self.tp_group.size()} tensor-parallel ranks; it is [batch, sequence], and with context parallelism cut "
+            "like the tokens"
         )
