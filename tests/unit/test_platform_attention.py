@@ -21,7 +21,12 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_zeda.platform.attention import LocalDotProductAttention, local_core_attention, thd_partition_indices
+from megatron_zeda.platform.attention import (
+    LocalDotProductAttention,
+    LocalMLASelfAttention,
+    local_core_attention,
+    thd_partition_indices,
+)
 from megatron_zeda.platform.zigzag import check_boundaries
 from megatron_zeda.zero_experts import get_zero_expert_block_spec, get_zero_expert_layer_spec
 
@@ -298,6 +303,8 @@ def core_of(spec: Any) -> Any:
 def test_local_specs_carry_it_also_without_zero_experts() -> None:
     for config in (attention_config(False), attention_config(True), attention_config(False, num_zero_experts=0)):
         assert core_of(get_zero_expert_layer_spec(config)) is LocalDotProductAttention
+    latent = get_zero_expert_layer_spec(attention_config(True)).submodules.self_attention
+    assert latent.module is LocalMLASelfAttention and latent.params == {"attn_mask_type": AttnMaskType.causal}
     static = get_zero_expert_layer_spec(attention_config(False, num_zero_experts=0))
     assert static.submodules.mlp.func is MoELayer
     # The dense layer of a mixed model as well.
