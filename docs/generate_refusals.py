@@ -12,8 +12,8 @@ INTRODUCTION = """\
 <!-- Written by docs/generate_refusals.py. Do not edit. -->
 # What is refused, and why
 
-Nothing in these tables fails in the middle of a run, or runs and is wrong. `zeda check`, and with it every command that
-reads a configuration, reports all of them at once; `ZeroExpertTransformerConfig` raises one error that lists those of the
+None of these starts and then fails, or runs and is wrong: `zeda check`, and with it every command that reads a
+configuration, reports all of them at once, and `ZeroExpertTransformerConfig` raises one error that lists those of the
 first table. A setting that is not here is served, or is refused by Megatron-Core itself.
 """
 
