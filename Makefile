@@ -6,12 +6,12 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu check lint types unit clean
+.PHONY: help install quickstart test test-gpu test-gpu-rehearsal check lint types unit clean
 
 help:
 	@echo "make quickstart   a small post-trained MoE becomes a dynamic one, end to end (minutes, on a CPU)"
 	@echo "make test         every test (no GPU needed)"
-	@echo "make test-gpu     checks that need one GPU with Transformer Engine"
+	@echo "make test-gpu     checks that need one GPU with Transformer Engine (PYTHON=... for one outside .venv)"
 	@echo "make check        lint, types and the fast unit tests"
 
 install: $(STAMP)
@@ -41,8 +41,14 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(PY) -m pytest
 
-test-gpu: $(STAMP)
-	ZEDA_TEST_GPU=1 $(PY) -m pytest tests/gpu
+# With another Python than .venv's (a container's), nothing is installed.
+test-gpu: PYTHON ?= $(PY)
+test-gpu: $(if $(PYTHON),,$(STAMP))
+	ZEDA_TEST_GPU=1 $(PYTHON) -m pytest tests/gpu
+
+test-gpu-rehearsal: export OMP_NUM_THREADS = 1
+test-gpu-rehearsal: $(STAMP)
+	ZEDA_TEST_GPU=rehearse $(PY) -m pytest tests/gpu
 
 check: lint types unit
 

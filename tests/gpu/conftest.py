@@ -46,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="cannot be rehearsed without a GPU"))
 
 
+@pytest.fixture(autouse=True)
+def _no_loss_scale_left() -> None:
+    """Megatron-Core keeps one for the whole process, in a shape that depends on who needed it first."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """``record(name=number, ...)``: what this check measured."""

@@ -130,6 +130,54 @@ def test_fused_equals_unfused(switch: str, counts: list[int], record: Callable[.
     assert max(found.values()) <= 2e-3, found  # another order of summation, TF32 GEMMs
 
 
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "softmax before the choice": {"moe_router_pre_softmax": True},
+    "sigmoid with a selection bias": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
+}
+
+
+def two_layers(first: dict[str, Any], second: dict[str, Any]) -> list[Any]:
+    """Two layers with the same weights and other settings."""
+    layers = []
+    for changes in (first, second):
+        config = layer_config(zero_expert_balance_coeff=0.0, **{**FUSED, **changes})
+        layers.append(dynamic_layer(config).to(platform.device()))
+    layers[1].load_state_dict(layers[0].state_dict())
+    return layers
+
+
+@pytest.mark.parametrize("dial", [0.0, float("-inf")])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_fused_router(router: dict[str, Any], dial: float, record: Callable[..., None]) -> None:
+    """Also with the zero experts masked, as the parity gate does."""
+    changes = {**router, "zero_expert_logit_bias": dial}
+    fusion = platform.have_transformer_engine()
+    layers = two_layers({**changes, "moe_router_fusion": fusion}, {**changes, "moe_router_fusion": False})
+    hidden = tokens(64).detach().to(platform.device())
+    if layers[0].router.expert_bias is not None:
+        for layer in layers:
+            layer.router.expert_bias.copy_(torch.linspace(-0.1, 0.1, layer.router.num_experts))
+    (probs, chosen), (wanted_probs, wanted) = (layer.router(hidden) for layer in layers)
+    record(largest_difference=float((probs - wanted_probs).detach().abs().max()))
+    assert chosen.bool().equal(wanted.bool())
+    assert bool(chosen[:, E:].any()) == (dial == 0.0)
+    torch.testing.assert_close(probs, wanted_probs, atol=1e-6, rtol=1e-5)
+
+
+def test_shared_experts_overlapped(record: Callable[..., None]) -> None:
+    shared = {"moe_shared_expert_intermediate_size": 32}
+    layers = two_layers({**shared, "moe_shared_expert_overlap": True}, shared)
+    inputs = [tokens(64).detach().to(platform.device()).requires_grad_() for _ in layers]
+    ours, theirs = (twin_results(layer, x) for layer, x in zip(layers, inputs, strict=True))
+    found = errors(ours, theirs)
+    record(**found)
+    assert max(found.values()) < 1e-5, found
+
+
 def with_padding(num_padding: int, dtype: torch.dtype) -> tuple[Case, torch.Tensor | None]:
     """Forty tokens with the balancing loss on, and after them padding that looks like ordinary tokens."""
     one = case([8] * E, dtype=dtype, zero_expert_balance_coeff=0.1, **FUSED)
