@@ -25,6 +25,9 @@ _DISPATCH_LIBRARIES = {
     "ncclep": ("transformer_engine", "Transformer Engine's NCCL-EP"),
 }
 
+# Recomputed in a way that asks Transformer Engine for the state of FP8, used or not.
+_RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "mla_up_proj", "moe_act"})
+
 
 def check_with_megatron(config: Config, hf_config: dict[str, Any]) -> None:
     """Let Megatron-Core judge the model's settings, without those that need what this machine lacks.
@@ -57,6 +60,9 @@ def unavailable_here(config: Config) -> list[str]:
                 lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
     if model.fp8 is not None and not platform.have_transformer_engine():
         lines.append(f"model.fp8: {json.dumps(model.fp8)} needs Transformer Engine and a GPU")
+    wanting = _RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(model.recompute_modules or [])
+    if wanting and not platform.have_transformer_engine():
+        lines.append(f"model.recompute_modules: {', '.join(sorted(wanting))} needs Transformer Engine and a GPU")
     # With states in host memory Megatron-Core falls back to torch's AdamW.
     on_device = optimizer.use_precision_aware_optimizer and not optimizer.optimizer_cpu_offload
     if on_device and not platform.have_transformer_engine():

@@ -63,10 +63,8 @@ REFERENCES: dict[str, dict[str, Any]] = {"one": {}, "one-packed": PACKED, "one-u
 ALL = LAYOUTS | PACKED_LAYOUTS | UNBALANCED_LAYOUTS
 
 
-def run_layouts(rank: int, world_size: int, root: str) -> None:
-    for name, (size, settings) in ALL.items():
-        if size == world_size:
-            train_one(Path(root), name, settings)
+def run_layout(rank: int, world_size: int, root: str, name: str) -> None:
+    train_one(Path(root), name, ALL[name][1])
 
 
 def train_one(root: Path, name: str, settings: dict[str, Any]) -> None:
@@ -91,9 +89,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(root, num_layers=4)  # one for each virtual stage
     for name, settings in REFERENCES.items():
         train_one(root, name, settings)
-    run_layouts(0, 1, str(root))
-    for world_size in sorted({size for size, _ in ALL.values()} - {1}):
-        run_distributed(run_layouts, world_size, str(root))
+    for name, (world_size, settings) in ALL.items():
+        if world_size == 1:
+            train_one(root, name, settings)
+        else:
+            run_distributed(run_layout, world_size, str(root), name)
     return root
 
 

@@ -111,6 +111,8 @@ def test_what_needs_a_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unavailable_here(make()) == []
     [line] = unavailable_here(make(fp8="hybrid", fp8_recipe="tensorwise"))
     assert line.startswith('model.fp8: "hybrid" needs Transformer Engine and a GPU')
+    [line] = unavailable_here(make(recompute_granularity="selective", recompute_modules=["moe", "moe_act"]))
+    assert line.startswith("model.recompute_modules: moe_act needs Transformer Engine")
     [line] = unavailable_here(make(moe_token_dispatcher_type="flex"))
     assert line.startswith("model.moe_token_dispatcher_type: ") and "DeepEP" in line and "alltoall" in line
     [line] = unavailable_here(
