@@ -61,7 +61,7 @@ def _keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, -1)  # never
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
