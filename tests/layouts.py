@@ -22,11 +22,14 @@ from spawn import initialize_megatron
 
 from megatron_zeda.zero_experts import router_statistics, set_loss_tokens, zero_expert_routers
 
-VOCAB, SEQ, SAMPLES, MICRO_STEPS = 64, 16, 8, 2  # samples per micro-step, over all data-parallel ranks
+VOCAB, SEQ, SAMPLES = 64, 16, 8  # samples per micro-step, over all data-parallel ranks
+MICRO_STEPS = 4  # enough for virtual pipeline stages to send both ways at once
 LAYERS, BALANCE_COEFF = 4, 0.5
+ZERO_EXPERT_WEIGHT = 3.0  # w * Z is not E, so that the two groups of equation 5 differ
 LENGTHS, PROMPTS = (16, 9, 15, 14, 6, 13, 16, 7), (2, 5, 7, 3, 1, 4, 9, 2)
-# The "edges" scenario. Samples of nothing but the marked token choose zero experts alone, in every layer: its embedding
-# is so long in one direction that no layer turns it, and routers get logits to match. Nobody chooses the idle expert.
+# The "edges" scenario: the first sample is all padding. Samples of nothing but the marked token choose zero experts
+# alone in every layer: its embedding is so long in one direction that no layer turns it, and routers get logits to
+# match. Nobody chooses the idle expert.
 MARKED_SAMPLES, MARKED_TOKEN, IDLE_EXPERT = slice(SAMPLES // 2, SAMPLES), 0, 3
 MARK_LENGTH, MARK_THRESHOLD, SURE = 1e3, 4.5, 100.0  # a normalised marked token has sqrt(H) = 5.7 there
 
@@ -56,7 +59,7 @@ class Scenario:
     padded: bool = True
     """Samples of different lengths with loss on responses only; otherwise loss on every token."""
     edges: bool = False
-    """Half of the samples skip everything, and one expert has no token."""
+    """Half of the samples skip everything, one has no token at all, and one expert neither."""
 
 
 SCENARIOS = {
@@ -107,7 +110,7 @@ class Outcome:
 
 def global_batch(scenario: Scenario) -> list[dict[str, torch.Tensor]]:
     """Per micro-step: tokens, labels, loss mask and padding mask, each ``[SAMPLES, SEQ]``."""
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(17)
     positions = torch.arange(SEQ).expand(SAMPLES, SEQ)
     steps = []
     for step in range(MICRO_STEPS):
@@ -115,6 +118,8 @@ def global_batch(scenario: Scenario) -> list[dict[str, torch.Tensor]]:
         if scenario.edges:
             ids[MARKED_SAMPLES, :-1] = MARKED_TOKEN
         lengths = torch.tensor(LENGTHS).roll(step) if scenario.padded else torch.full((SAMPLES,), SEQ)
+        if scenario.edges:
+            lengths[0] = 0
         prompts = torch.tensor(PROMPTS).roll(step) if scenario.padded else torch.zeros(SAMPLES, dtype=torch.int64)
         padding = positions >= lengths[:, None]
         loss_mask = (positions >= prompts[:, None]) & ~padding
@@ -141,8 +146,8 @@ def _pack(batch: dict[str, torch.Tensor], cp_size: int) -> tuple[dict[str, torch
         row = torch.cat([row[:length] for row, length in zip(rows, kept.tolist(), strict=True)])
         tail = row.new_full((total - len(row),), name == "padding_mask")
         packed[name] = torch.cat([row, tail])[None]
-    ends = kept.cumsum(0).tolist()
-    return packed, torch.tensor([0, *ends] + [total] * (ends[-1] < total), dtype=torch.int32)
+    boundaries = torch.cat([torch.tensor([0]), kept.cumsum(0), torch.tensor([total])])
+    return packed, boundaries.unique().int()
 
 
 def _rank_batches(layout: Layout) -> list[dict[str, Any]]:
@@ -183,6 +188,7 @@ def model_config(scenario: Scenario, sizes: dict[str, int], changes: dict[str, A
         "num_layers": LAYERS,
         "calculate_per_token_loss": True,
         "zero_expert_balance_coeff": BALANCE_COEFF,
+        "zero_expert_weight": ZERO_EXPERT_WEIGHT,
         "pipeline_dtype": torch.float32,
         "sequence_parallel": sizes.get("tensor_model_parallel_size", 1) > 1,
     }
@@ -337,7 +343,7 @@ def _balance(router: Any, logits_TG: torch.Tensor, map_TG: torch.Tensor) -> torc
     margin = float((ordered[:, K - 1] - ordered[:, K]).min())
     assert margin > 1e-5, f"a selection hangs on a difference of {margin}: choose another seed"
     f_G, p_G = map_TG.double().mean(0), scores_TG.mean(0)
-    weighted = router.config.zero_expert_weight * Z
+    weighted = ZERO_EXPERT_WEIGHT * Z
     sums = f_G[:E].sum() * p_G[:E].sum() / E + f_G[E:].sum() * p_G[E:].sum() / weighted
     return (E + weighted) / K * sums
 

@@ -51,6 +51,9 @@ LAYOUTS = {
     "EP4, distributed optimizer": Layout(_sizes(ep=4), ddp=SHARDED),
     "TP2 EP4, recompute moe": Layout(_sizes(tp=2, ep=4), config=_selective("moe")),
     "TP2 EP4, expert TP 1, recompute all": Layout(_sizes(tp=2, ep=4, etp=1), "sigmoid", FULL),
+    "TP2 EP2, shared expert overlapped": Layout(
+        _sizes(tp=2, ep=2), "sigmoid", {"moe_shared_expert_overlap": True}, world_size=4
+    ),
     "EP4, expert TP 2": Layout(_sizes(ep=4, etp=2)),
     "TP2 EP2, allgather": Layout(_sizes(tp=2, ep=2), "mean loss", ALLGATHER, world_size=4),
     "PP2 EP2, recompute a layer": Layout(_sizes(pp=2, ep=2), config=FIRST_LAYER, world_size=4),

@@ -149,3 +149,10 @@ def test_weights_are_not_renormalised_over_real_experts() -> None:
     weights = torch.softmax(top.values, dim=-1).masked_fill(top.indices >= E, 0.0).sum(-1)
     torch.testing.assert_close(kept.double(), weights, atol=1e-6, rtol=0)
     assert (weights < 0.99).any()
+
+
+def test_a_padding_mask_of_another_length_is_refused() -> None:
+    hidden = tokens()
+    mask = torch.zeros(hidden.shape[1], 2 * hidden.shape[0], dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"padding_mask \(2, 24\) does not fit 12 positions .* cut like the tokens"):
+        dynamic_layer(layer_config())(hidden, padding_mask=mask)
