@@ -9,8 +9,7 @@ from typing import Any
 from megatron.core import __version__ as megatron_version
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_decoder_layer_specs,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -53,17 +52,10 @@ def get_zero_expert_layer_spec(
         )
     if use_transformer_engine is None:
         use_transformer_engine = config.transformer_impl == "transformer_engine"
-    shared = {
-        "num_experts": config.num_moe_experts,
-        "moe_grouped_gemm": config.moe_grouped_gemm,
-        "qk_layernorm": config.qk_layernorm,
-        "multi_latent_attention": config.multi_latent_attention,
-        "qk_l2_norm": config.qk_l2_norm,
-    }
-    if use_transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(**shared)
-    else:
-        spec = get_gpt_layer_local_spec(**shared, normalization=config.normalization)
+    # Upstream's own way from a configuration to layers, so that no setting is lost; all layers are the same.
+    spec = get_gpt_decoder_layer_specs(
+        config, use_transformer_engine, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+    )[0]
     _require_moe(spec)
     return _with_zero_experts(spec, config, use_transformer_engine)
 

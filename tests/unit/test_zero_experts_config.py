@@ -192,21 +192,60 @@ def test_checkpoint_names_are_transformer_engines() -> None:
 
 
 def test_an_unknown_form_of_spec_is_not_silently_static(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_zeda.zero_experts import specs
-
-    stock = specs.get_gpt_layer_local_spec
+    stock = gpt_layer_specs.get_gpt_layer_local_spec
 
     def older_form(**settings: Any) -> ModuleSpec:
         spec = stock(**settings)
-        spec.submodules.mlp = ModuleSpec(module=MoELayer, submodules=spec.submodules.mlp.keywords["submodules"])
+        if settings["num_experts"]:
+            spec.submodules.mlp = ModuleSpec(module=MoELayer, submodules=spec.submodules.mlp.keywords["submodules"])
         return spec
 
-    monkeypatch.setattr(specs, "get_gpt_layer_local_spec", older_form)
+    monkeypatch.setattr(gpt_layer_specs, "get_gpt_layer_local_spec", older_form)
     with pytest.raises(RuntimeError, match="another way"):
         get_zero_expert_layer_spec(layer_config())
+
+
+# What a configuration can ask of Transformer Engine's layer spec, each away from its default.
+SPEC_SETTINGS: dict[str, Any] = {
+    "moe_grouped_gemm": False,
+    "qk_layernorm": True,
+    "qk_l2_norm": True,
+    "use_te_activation_func": True,
+    "use_kitchen": True,
+    "use_kitchen_attention": True,
+    "kitchen_attention_backend": "fa",
+    "mla_down_proj_fusion": True,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, *({name: value} for name, value in SPEC_SETTINGS.items())], ids=str)
+def test_both_specs_ask_transformer_engine_for_the_same_layer(
+    changes: dict[str, Any], megatron: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine is not needed: what counts is which arguments upstream's function gets."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    asked: list[dict[str, Any]] = []
+
+    def transformer_engine_spec(**settings: Any) -> Any:
+        asked.append(settings)
+        return gpt_layer_specs.get_gpt_layer_local_spec(num_experts=settings["num_experts"])
+
+    monkeypatch.setattr(gpt_layer_specs, "get_gpt_layer_with_transformer_engine_spec", transformer_engine_spec)
+    config = layer_config()
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    built = []
+    for build in (get_zero_expert_layer_spec, get_zero_expert_block_spec):
+        asked.clear()
+        build(config, use_transformer_engine=True)
+        built.append([settings for settings in asked if settings["num_experts"]])
+    assert built[0] == built[1] and len(built[0]) == 1
+    assert changes.items() <= built[0][0].items()
 
 
 @pytest.mark.usefixtures("megatron")
