@@ -3,7 +3,7 @@
 The flex dispatcher's (DeepEP, HybridEP, NCCL-EP) run over the default gloo groups. As the real ones, they move a token
 once to every rank that holds one of its selections, take expert -1 for "no selection" (but weight 0 for one), want
 different experts per token, and return zeros for a token without any. Transformer Engine's fused permutations are
-here with what they refuse: see the functions.
+here with what they refuse: see the functions. :func:`install` puts all of them in place.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import all_to_all
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 
 @dataclass
@@ -129,7 +130,17 @@ def nccl_ep_combine(buffer: Any, expert_out: torch.Tensor, num_local_tokens: int
     return buffer.journey.back(sums)
 
 
-FLEX_KERNELS: dict[str, Callable[..., Any]] = {
+class OnHost(torch.Tensor):
+    """Counts that were copied to the host, where no kernel can read them. (On a CPU nothing else tells.)"""
+
+
+def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron-Core's, which copies what is on a device."""
+    return tensor if as_numpy or not isinstance(tensor, torch.Tensor) else tensor.as_subclass(OnHost)
+
+
+DISPATCHER_KERNELS: dict[str, Callable[..., Any]] = {
+    "maybe_move_tensor_to_cpu": maybe_move_tensor_to_cpu,
     "fused_dispatch": fused_dispatch,
     "fused_combine": fused_combine,
     "set_deepep_num_sms": lambda num_sms: None,
@@ -185,6 +196,7 @@ def fused_sort_chunks_by_index_with_probs(
     tokens: torch.Tensor, probs: torch.Tensor, split_sizes: torch.Tensor, sorted_indices: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transformer Engine's ``moe_sort_chunks_by_index_with_probs``."""
+    assert not isinstance(split_sizes, OnHost), "a Triton kernel reads the sizes of the chunks on the device"
     both = [torch.split(x, split_sizes.tolist()) for x in (tokens, probs)]
     return tuple(torch.cat([chunks[i] for i in sorted_indices.tolist()]) for chunks in both)
 
@@ -200,3 +212,10 @@ PERMUTE_KERNELS: dict[str, Any] = {
     "fused_sort_chunks_by_index_with_probs": fused_sort_chunks_by_index_with_probs,
 }
 """What to put into ``megatron.core.transformer.moe.moe_utils``; then ``moe_permute_fusion`` works."""
+
+
+def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Put every stand-in where Megatron-Core looks for its kernel; ``put`` is ``setattr`` or takes what it takes."""
+    for module, kernels in ((token_dispatcher, DISPATCHER_KERNELS), (moe_utils, PERMUTE_KERNELS)):
+        for name, kernel in kernels.items():
+            put(module, name, kernel)

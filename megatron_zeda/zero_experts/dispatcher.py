@@ -36,9 +36,13 @@ class _PermutesNothing(MoETokenDispatcher):
         super().__init__(*args, **kwargs)
         self._whole_config: TransformerConfig = self.config
 
+    def dispatch_preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin a pass; see the base class. What the last pass chose must not decide which counts go to the host."""
+        self.config: TransformerConfig = self._whole_config
+        return super().dispatch_preprocess(*args, **kwargs)
+
     def _permute_rows(self, num_rows: int) -> None:
         """Choose the permutations for the rest of this pass."""
-        self.config: TransformerConfig = self._whole_config
         if num_rows == 0 and self.config.moe_permute_fusion:
             self.config = copy.copy(self.config)
             self.config.moe_permute_fusion = False
@@ -77,7 +81,7 @@ class ZeroExpertAllGatherTokenDispatcher(_PermutesNothing, MoEAllGatherTokenDisp
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Permute the gathered tokens for the local experts; see the base class."""
-        if self._whole_config.moe_permute_fusion:
+        if self.config.moe_permute_fusion:
             local = slice(self.local_expert_indices[0], self.local_expert_indices[-1] + 1)
             self._permute_rows(int(self.routing_map[:, local].sum()))
         return super().dispatch_postprocess(hidden_states, probs)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from layers import E, F, H, K, Z, dynamic_layer, layer_config
-from moe_kernels import FLEX_KERNELS, PERMUTE_KERNELS
+from moe_kernels import install
 from spawn import initialize_megatron, run_distributed
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -194,11 +194,7 @@ def _run(case: str, batch: str, sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def _run_all(rank: int, world_size: int, layout: str) -> dict[tuple[str, str], dict[str, Any]]:
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    for module, kernels in ((token_dispatcher, FLEX_KERNELS), (moe_utils, PERMUTE_KERNELS)):
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+    install()
     initialize_megatron(**LAYOUTS[layout][1])  # once: every group of gloo polls in threads of its own, for ever
     results = {}
     for case in CASES:
