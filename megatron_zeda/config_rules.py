@@ -288,13 +288,22 @@ def _pipeline(config: Config) -> Iterator[Problem]:
         yield Problem(keys, f"{virtual} virtual stages need pipeline_model_parallel_size above 1", "use null")
     elif virtual == 1:
         yield Problem(keys, "one virtual stage a process is the pipeline as it is", "use null")
+    if virtual is None:
+        return
     for name, value in VIRTUAL_PIPELINE.items():
-        if virtual is not None and model.overrides.get(name, value) != value:
+        if model.overrides.get(name, value) != value:
             yield Problem(
                 (f"model.overrides.{name}", keys[0]),
                 "virtual pipeline stages of two processes would receive each other's messages in the wrong order",
                 "remove it",
             )
+    group = model.overrides.get("microbatch_group_size_per_vp_stage")
+    if group is not None and not (type(group) is int and group >= stages):
+        yield Problem(
+            ("model.overrides.microbatch_group_size_per_vp_stage", keys[1]),
+            f"{group!r}, but virtual stages work on pipeline_model_parallel_size {stages} or more batches in turn",
+            "raise it, or remove it",
+        )
 
 
 def _precision(config: Config) -> Iterator[Problem]:

@@ -67,6 +67,9 @@ BATCH = {"train__global_batch_size": 120}
 VIRTUAL_KEY = "model.virtual_pipeline_model_parallel_size"
 VIRTUAL_FIELD = "model__virtual_pipeline_model_parallel_size"
 VIRTUAL = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
+FOUR_STAGES = {**VIRTUAL, "model__pipeline_model_parallel_size": 4}
+GROUP = "microbatch_group_size_per_vp_stage"
+GROUP_KEY = f"model.overrides.{GROUP}"
 OFFLOAD = {"optimizer__optimizer_cpu_offload": True, "optimizer__use_precision_aware_optimizer": True}
 FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
 
@@ -169,6 +172,14 @@ FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
             "model.overrides.batch_p2p_comm",
             "in the wrong order",
         ),
+        (
+            FOUR_STAGES | {"model__overrides": {GROUP: 2}},
+            4,
+            GROUP_KEY,
+            "work on pipeline_model_parallel_size 4 or more",
+        ),
+        (FOUR_STAGES | {"model__overrides": {GROUP: 4.0}}, 4, GROUP_KEY, "4.0, but"),
+        (FOUR_STAGES | {"model__overrides": {GROUP: 256}}, 4, "train.global_batch_size", "128 is not a multiple of"),
         ({"model__fp8": "hybrid"}, 1, "model.fp8_recipe", "use tensorwise"),
         ({"model__fp8_recipe": "blockwise"}, 1, "model.fp8_recipe", "no effect without model.fp8"),
         (FP8 | {"model__bf16": False}, 1, "model.fp8", "set model.bf16=true"),
