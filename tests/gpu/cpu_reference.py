@@ -1,6 +1,7 @@
 """What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|runs FOLDER``.
 
-A process of its own, because the CPU adapter refuses to run where a GPU is visible; Transformer Engine is hidden too.
+A process of its own, because the CPU adapter refuses to run where a GPU is visible. Compiled packages whose kernels
+need one are hidden too: Megatron-Core takes apex's Adam and its norms of gradients wherever it can import them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ MODEL: dict[str, Any] = {
     "moe_ffn_hidden_size": 128,
     "init_method_std": 0.05,
 }
+HIDDEN_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 LENGTHS = (40, 64, 24)  # sequences of a pack, 128 tokens in all
 
 
 def call(what: str, folder: Path) -> None:
-    """Run this file in a process that sees neither GPU nor Transformer Engine."""
+    """Run this file in a process that sees neither GPU nor Transformer Engine nor apex."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, __file__, what, str(folder)], env=environment, check=True)
@@ -114,5 +116,6 @@ def write_runs(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # importing it fails from here on
+    for package in HIDDEN_PACKAGES:
+        sys.modules[package] = None  # type: ignore[assignment]  # importing it fails from here on
     {"model": write_model, "runs": write_runs}[sys.argv[1]](Path(sys.argv[2]))
