@@ -23,9 +23,10 @@ def test_linear(record: Callable[..., None]) -> None:
     found = {
         "output": relative(y, x.double() @ linear.weight.double().T),
         "grad": relative(linear.weight.grad, torch.ones_like(y).double().T @ x.double()),
+        "grad input": relative(x.grad, linear.weight.double().sum(0).expand_as(x)),
     }
     record(**found)
-    assert max(found.values()) < 5e-3
+    assert max(found.values()) < 5e-3, found
 
 
 def test_grouped_linear_with_empty_groups(record: Callable[..., None]) -> None:
@@ -40,14 +41,15 @@ def test_grouped_linear_with_empty_groups(record: Callable[..., None]) -> None:
     weights = [getattr(linear, f"weight{group}") for group in range(4)]
     parts = x.double().split(splits)
     wanted = torch.cat([part @ weight.double().T for part, weight in zip(parts, weights, strict=True)])
-    found = {"output": relative(y, wanted)}
+    input_gradient = [weight.double().sum(0).expand_as(part) for part, weight in zip(parts, weights, strict=True)]
+    found = {"output": relative(y, wanted), "grad input": relative(x.grad, torch.cat(input_gradient))}
     for group, (part, weight) in enumerate(zip(parts, weights, strict=True)):
         if splits[group]:
             found[f"grad {group}"] = relative(weight.grad, part.sum(0, keepdim=True).expand(256, -1))
         else:
             assert weight.grad is None or not weight.grad.any()
     record(**found)
-    assert found["output"] < 5e-3
+    assert max(found.values()) < 5e-3, found
 
 
 def test_permutation(record: Callable[..., None]) -> None:
