@@ -43,6 +43,7 @@ def layer_config(**changes: Any) -> ZeroExpertTransformerConfig | ZeroExpertMLAT
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **platform.transformer_config_overrides(),
+        "gradient_accumulation_fusion": False,  # adds into buffers of Megatron's DDP, which single layers are not in
     }
     settings.update(changes)
     latent = settings.get("multi_latent_attention", False)
