@@ -14,7 +14,8 @@ INTRODUCTION = """\
 
 None of these starts and then fails, or runs and is wrong: `zeda check`, and with it every command that reads a
 configuration, reports all of them at once, and `ZeroExpertTransformerConfig` raises one error that lists those of the
-first table. A setting that is not here is served, or is refused by Megatron-Core itself.
+first table. What Megatron-Core refuses by itself is not repeated. The settings of MoE layers that are not here are
+served; which of them ran where is in [verification.md](verification.md).
 """
 
 ZERO_EXPERTS = """\

@@ -50,6 +50,10 @@ def _nccl_ep(config: Any) -> bool:
     return config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "ncclep"
 
 
+def _hybrid_ep(config: Any) -> bool:
+    return config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "hybridep"
+
+
 def _nccl_ep_wants_num_topk() -> bool:
     """Whether this Transformer Engine's NCCL-EP has to be told a K that Megatron-Core 0.19 does not tell it."""
     try:
@@ -139,6 +143,27 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: _nccl_ep(c) and _nccl_ep_wants_num_topk(),
         "Megatron-Core 0.19 calls it without, so that the first step would fail (Transformer Engine 2.20 is one)",
         "use 'deepep' or 'hybridep', or an older Transformer Engine",
+    ),
+    Refusal(
+        "moe_expert_rank_capacity_factor with moe_flex_dispatcher_backend=hybridep",
+        lambda c: _hybrid_ep(c) and c.moe_expert_rank_capacity_factor is not None,
+        "its buffers have the size of the static model whatever is skipped, and what exceeds them is dropped without "
+        "a word",
+        "leave it unset: HybridEP then sizes its buffers by the rows that arrive",
+    ),
+    Refusal(
+        "moe_ncclep_static_shape",
+        lambda c: _nccl_ep(c) and (c.moe_ncclep_static_shape or c.moe_ncclep_zero_copy),
+        "it (and moe_ncclep_zero_copy, which needs it) gives the experts the whole receive buffer, which has the size "
+        "of the static model whatever is skipped",
+        "leave both off: the experts then get the rows that arrive",
+    ),
+    Refusal(
+        "moe_paged_stash",
+        lambda c: c.moe_paged_stash,
+        "it pages buffers of a fixed size, and repeats a step that exceeds them, whose selections would be counted "
+        "twice",
+        "leave it off: without fixed buffers the experts keep the rows that arrive and no more",
     ),
     Refusal(
         "moe_shared_expert_overlap with moe_latent_size",

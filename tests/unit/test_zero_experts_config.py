@@ -45,17 +45,25 @@ REFUSED: dict[str, dict[str, Any]] = {
         **NCCL_EP,
         "bf16": True,
     },
+    "moe_expert_rank_capacity_factor with moe_flex_dispatcher_backend=hybridep": {
+        **FLEX,
+        "moe_flex_dispatcher_backend": "hybridep",
+        "moe_expert_rank_capacity_factor": 1.5,
+    },
+    "moe_ncclep_static_shape": {**NCCL_EP, "bf16": True, "moe_ncclep_static_shape": True},
+    "moe_paged_stash": {**NCCL_EP, "bf16": True, "moe_paged_stash": True},
     "moe_shared_expert_overlap with moe_latent_size": {"moe_shared_expert_overlap": True, "moe_latent_size": 16},
     "mlp_chunks_for_training": {"mlp_chunks_for_training": 2},
     "overlap_moe_expert_parallel_comm": {"overlap_moe_expert_parallel_comm": True},
     "cuda_graph_impl": {"cuda_graph_impl": "transformer_engine"},
     "transformer_impl=inference_optimized": {"transformer_impl": "inference_optimized"},
 }
-# Old spellings that Megatron-Core translates; they are refused before that, too.
+# Old spellings that Megatron-Core translates, which are refused before that, too; and what a refusal covers besides.
 ALIASES: dict[str, dict[str, Any]] = {
     "moe_router_num_groups": {"moe_router_topk_limited_devices": 2},
     "moe_router_padding_for_quantization": {"moe_router_padding_for_fp8": True},
     "cuda_graph_impl": {"enable_cuda_graph": True},
+    "moe_ncclep_static_shape": {**NCCL_EP, "bf16": True, "moe_ncclep_zero_copy": True},
 }
 # Combinations that once were refused, or look like one that is.
 SERVED: list[dict[str, Any]] = [
@@ -71,6 +79,7 @@ SERVED: list[dict[str, Any]] = [
     FLEX,
     {**FLEX, "moe_flex_dispatcher_backend": "hybridep", "expert_model_parallel_size": 1},
     {**NCCL_EP, "bf16": True},
+    {"moe_ncclep_static_shape": True},  # of another dispatcher: without effect
     {**FLEX, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2},
 ]
 
@@ -105,7 +114,7 @@ def test_every_refusal_refuses(refusal: Any) -> None:
 
 
 @pytest.mark.parametrize("setting", ALIASES)
-def test_old_spellings_are_refused_alike(setting: str) -> None:
+def test_other_names_are_refused_alike(setting: str) -> None:
     assert [line.split(":")[0] for line in unsupported_settings(_config_with(ALIASES[setting]))] == [setting]
 
 
