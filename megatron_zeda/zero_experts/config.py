@@ -186,8 +186,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "cuda_graph_impl",
         lambda c: c.cuda_graph_impl != "none" or c.enable_cuda_graph or c.external_cuda_graph,
-        "a graph of an MoE layer freezes the number of dispatched rows, which is data, and a graph of the attention "
-        "alone continues with the MoE layer without the padding mask",
+        "a graph of an MoE layer freezes the number of dispatched rows, which is data; one of its router freezes the "
+        "number of loss tokens and leaves the statistics at what they were when it was captured; and after one of the "
+        "attention alone the MoE layer runs without the padding mask",
         "use 'none'",
     ),
     Refusal(
