@@ -28,6 +28,17 @@ _DISPATCH_LIBRARIES = {
 # Recomputed in a way that asks Transformer Engine for the state of FP8, used or not.
 _RECOMPUTED_BY_TRANSFORMER_ENGINE = frozenset({"layernorm", "mla_up_proj", "moe_act"})
 
+# Fields of TransformerConfig for which Megatron-Core itself asks for a version of Transformer Engine, or for FP8.
+_NEED_TRANSFORMER_ENGINE = frozenset(
+    {
+        "fp8_output_proj",
+        "moe_single_grouped_bias",
+        "moe_single_grouped_weight",
+        "overlap_dispatch_backward_with_experts_wgrad",
+        "symmetric_ar_type",
+    }
+)
+
 
 def check_with_megatron(config: Config, hf_config: dict[str, Any]) -> None:
     """Let Megatron-Core judge the model's settings, without those that need what this machine lacks.
@@ -35,16 +46,25 @@ def check_with_megatron(config: Config, hf_config: dict[str, Any]) -> None:
     Raises:
         ConfigErrors: with Megatron-Core's own words.
     """
-    forced = platform.transformer_config_overrides()
-    own = {name: value for name, value in forced.items() if hasattr(config.model, name)}
-    if not platform.have_transformer_engine():
-        own |= {"fp8": None, "fp8_recipe": None}
-    overrides = {name: value for name, value in config.model.overrides.items() if name not in forced}
-    portable = replace(config, model=replace(config.model, overrides=overrides, **own))
     try:
-        transformer_config(portable, hf_config, where=Path("model"))
+        transformer_config(_portable(config), hf_config, where=Path("model"))
     except InputError as error:
         raise ConfigErrors(str(error).splitlines()) from error
+
+
+def _portable(config: Config) -> Config:
+    """The configuration without what this machine lacks, and without what is right only together with that."""
+    model = config.model
+    forced = platform.transformer_config_overrides()
+    own: dict[str, Any] = {name: value for name, value in forced.items() if hasattr(model, name)}
+    left_out = set(forced)
+    if not platform.have_transformer_engine():
+        own |= {"fp8": None, "fp8_recipe": None}
+        if model.recompute_modules is not None and model.overrides.get("moe_grouped_gemm"):
+            own["recompute_modules"] = [name for name in model.recompute_modules if name != "moe_act"]
+        left_out |= _NEED_TRANSFORMER_ENGINE
+    overrides = {name: value for name, value in model.overrides.items() if name not in left_out}
+    return replace(config, model=replace(model, overrides=overrides, **own))
 
 
 def unavailable_here(config: Config) -> list[str]:
@@ -60,6 +80,10 @@ def unavailable_here(config: Config) -> list[str]:
                 lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
     if model.fp8 is not None and not platform.have_transformer_engine():
         lines.append(f"model.fp8: {json.dumps(model.fp8)} needs Transformer Engine and a GPU")
+    for name in sorted(_NEED_TRANSFORMER_ENGINE.intersection(model.overrides)):
+        if model.overrides[name] and not platform.have_transformer_engine():
+            value = json.dumps(model.overrides[name])
+            lines.append(f"model.overrides.{name}: {value} needs Transformer Engine and a GPU")
     wanting = _RECOMPUTED_BY_TRANSFORMER_ENGINE.intersection(model.recompute_modules or [])
     if wanting and not platform.have_transformer_engine():
         lines.append(f"model.recompute_modules: {', '.join(sorted(wanting))} needs Transformer Engine and a GPU")

@@ -160,6 +160,32 @@ class TestCheck:
         assert cli.main(["check", EXAMPLE, "model.overrides.cpu_offloading=true"]) == 2
         assert "Megatron-Core refuses this configuration" in capsys.readouterr().err
 
+    def test_settings_for_gpus_are_right_on_a_machine_without(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Megatron-Core refuses each of them without the grouped GEMM, FP8 or a version of Transformer Engine."""
+        monkeypatch.setattr(platform, "have_transformer_engine", lambda: False)
+        arguments = [
+            "check",
+            EXAMPLE,
+            "--json",
+            "model.recompute_granularity=selective",
+            "model.recompute_method=null",
+            "model.recompute_num_layers=null",
+            "model.recompute_modules=[moe_act]",
+            "model.fp8=hybrid",
+            "model.fp8_recipe=mxfp8",
+            "model.overrides.fp8_output_proj=true",
+            "model.overrides.symmetric_ar_type=two_shot",
+        ]
+        assert cli.main(arguments) == 0, capsys.readouterr().err
+        notes = "\n".join(json.loads(capsys.readouterr().out)["notes"])
+        for key in ("recompute_modules: moe_act", "overrides.fp8_output_proj", "overrides.symmetric_ar_type"):
+            assert f"model.{key}" in notes
+        # What is wrong on every machine stays wrong.
+        assert cli.main([*arguments, "model.overrides.moe_grouped_gemm=false"]) == 2
+        assert "moe_grouped_gemm" in capsys.readouterr().err
+
     def test_a_bad_configuration_is_answered_without_torch(self, ready: Path) -> None:
         program = (
             "import sys; from megatron_zeda.cli import main; code = main(sys.argv[1:]); "
