@@ -174,14 +174,16 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "mlp_chunks_for_training",
         lambda c: (c.mlp_chunks_for_training or 1) > 1,
-        "the chunks are routed without the padding mask, so that padding would be counted and balanced",
+        "every chunk is routed as a micro-batch of its own, so that the balancing loss is added once per chunk, and "
+        "without the padding mask",
         "use 1, and recompute_modules to save memory",
     ),
     Refusal(
         "overlap_moe_expert_parallel_comm",
         lambda c: c.overlap_moe_expert_parallel_comm,
-        "its schedule calls the router without the padding mask, so that padding would be counted and balanced",
-        "leave it off; moe_shared_expert_overlap hides communication too",
+        "its schedule calls the router without the padding mask, so that batches with padding would have it counted "
+        "and balanced",
+        "leave it off; where there are shared experts, moe_shared_expert_overlap hides communication too",
     ),
     Refusal(
         "cuda_graph_impl",
