@@ -50,10 +50,10 @@ def layer_config(**changes: Any) -> ZeroExpertTransformerConfig | ZeroExpertMLAT
     return (ZeroExpertMLATransformerConfig if latent else ZeroExpertTransformerConfig)(**settings)
 
 
-def dynamic_layer(config: ZeroExpertTransformerConfig) -> MoELayer:
+def dynamic_layer(config: ZeroExpertTransformerConfig, is_mtp_layer: bool = False) -> MoELayer:
     """The MoE layer that our spec builds for ``config`` (the stock one when it has no zero experts)."""
     mlp = get_zero_expert_layer_spec(config).submodules.mlp
-    layer = mlp(config=config)
+    layer = mlp(config=config, is_mtp_layer=is_mtp_layer)
     layer.set_layer_number(1)
     return layer
 

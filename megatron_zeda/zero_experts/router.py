@@ -164,8 +164,13 @@ class ZeroExpertRouter(TopKRouter):
             squares_T = squares_T.masked_fill(padding_T, 0.0)
         loss = squares_T.sum() / num_tokens.clamp(min=1)
         num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        # The tracker has one way to reduce a metric, that of its last caller: the same here as in static layers.
         get_moe_metrics_tracker().record(
-            "z_loss", loss, self.layer_number, num_layers, reduce_group=self.tp_dp_cp_group, needs_dp_avg=False
+            "z_loss",
+            loss * self.tp_dp_cp_group.size(),
+            self.layer_number,
+            num_layers,
+            avg_group=self.tp_dp_cp_group,
         )
         return loss
 
