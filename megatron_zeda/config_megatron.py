@@ -12,7 +12,7 @@ from megatron_zeda.config import Config, zero_expert_weight
 
 # Tokens per rank that FP8 takes a multiple of: GEMMs 16, blocks of scales more (otherwise Transformer Engine gathers a
 # sequence in bf16).
-_FP8_ALIGNMENT = {"tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+_FP8_ALIGNMENT = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
 
 # Megatron-Core's defaults exchange both messages between two stages in one batch. With two of them, the one to the next
 # and the one to the previous stage go to the same process, which receives them in the other order: wrong, silently.

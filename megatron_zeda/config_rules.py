@@ -14,6 +14,7 @@ from typing import Any
 from megatron_zeda.config import Config, smallest_world_size
 from megatron_zeda.config_megatron import (
     VIRTUAL_PIPELINE,
+    length_multiple,
     micro_batch_multiple,
     unknown_overrides,
     zero_expert_refusals,
@@ -235,16 +236,18 @@ def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
             "with sequence parallelism exactly when that size is above 1",
             f"use {str(tp > 1).lower()}",
         )
-    context = model.context_parallel_size
-    parts = tp * (2 * context if context > 1 else 1)
-    if model.seq_length % parts:
-        split = f"tensor_model_parallel_size {tp}"
-        if context > 1:
-            split = f"{split} x " * (tp > 1) + f"2 x context_parallel_size {context}"
+    multiple = length_multiple(config)
+    if model.seq_length % multiple:
+        sizes = {
+            f"{kind}_parallel_size": getattr(model, f"{kind}_parallel_size") for kind in ("tensor_model", "context")
+        }
+        reasons = [f"{key} {size}" for key, size in sizes.items() if size > 1]
+        reasons += [f"fp8_recipe {model.fp8_recipe}"] if model.fp8 else []
         yield Problem(
-            ("model.seq_length", "model.tensor_model_parallel_size", "model.context_parallel_size"),
-            f"{model.seq_length} is not a multiple of {split}, which splits it",
-            f"use {_neighbours(model.seq_length, parts)}",
+            tuple(f"model.{key}" for key in ("seq_length", *sizes, "fp8_recipe")),
+            f"{model.seq_length} is not a multiple of {multiple}, to which micro-batches are padded"
+            + (f" ({', '.join(reasons)})" if reasons else ""),
+            f"use {_neighbours(model.seq_length, multiple)}",
         )
     if world_size is None:
         return

@@ -72,6 +72,7 @@ GROUP = "microbatch_group_size_per_vp_stage"
 GROUP_KEY = f"model.overrides.{GROUP}"
 OFFLOAD = {"optimizer__optimizer_cpu_offload": True, "optimizer__use_precision_aware_optimizer": True}
 FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
+FP8_BLOCKS = {"model__fp8": "hybrid", "model__fp8_recipe": "blockwise"}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
         ({"model__seq_length": 50000}, 1, "model.seq_length", "above the model's 40960 positions"),
         ({"model__sequence_parallel": True}, 1, "model.sequence_parallel", "use false"),
         ({"model__tensor_model_parallel_size": 2}, 2, "model.sequence_parallel", "use true"),
-        ({**PAPER, "model__seq_length": 4095}, 8, "model.seq_length", "use 4092 or 4096"),
+        ({**PAPER, "model__seq_length": 4095}, 8, "model.seq_length", "use 4088 or 4096"),
         ({"zero_experts__num_zero_experts": 32}, 1, "zero_experts.num_zero_experts", "but the model has 64"),
         ({"zero_experts__target_skip_rate": 0.4, "zero_experts__weight": 3.0}, 1, "zero_experts.target_skip_rate", ""),
         ({"train__train_epochs": 1}, 1, "train.train_iters", "both are given"),
@@ -133,7 +134,7 @@ FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
             {"model__context_parallel_size": 2, "model__seq_length": 4098},
             2,
             "model.seq_length",
-            "4098 is not a multiple of 2 x context_parallel_size 2, which splits it; use 4096 or 4100",
+            "4098 is not a multiple of 16, to which micro-batches are padded (context_parallel_size 2); use 4096 or",
         ),
         (
             {
@@ -144,8 +145,11 @@ FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
             },
             8,
             "model.seq_length",
-            "tensor_model_parallel_size 4 x 2 x context_parallel_size 2",
+            "16, to which micro-batches are padded (tensor_model_parallel_size 4, context_parallel_size 2)",
         ),
+        ({"model__seq_length": 100}, 1, "model.seq_length", "are padded; use 96 or 104"),
+        (FP8_BLOCKS | {"model__seq_length": 64}, 1, "model.seq_length", "are padded (fp8_recipe blockwise); use 128"),
+        (FP8 | {"model__context_parallel_size": 2, "model__seq_length": 4112}, 2, "model.seq_length", "4096 or 4128"),
         ({"model__context_parallel_size": 2}, 3, "model.tensor_model_parallel_size", "context_parallel_size 2"),
         (
             {"model__virtual_pipeline_model_parallel_size": 2},
@@ -184,6 +188,24 @@ FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
         ({"model__fp8_recipe": "blockwise"}, 1, "model.fp8_recipe", "no effect without model.fp8"),
         (FP8 | {"model__bf16": False}, 1, "model.fp8", "set model.bf16=true"),
         (FP8 | {"model__overrides": {"fp8_param": True}}, 1, "model.overrides.fp8_param", "stay in bf16"),
+        (
+            {"model__overrides": {"moe_expert_capacity_factor": 0.0}},
+            1,
+            "model.overrides.moe_expert_capacity_factor",
+            "the export routes without it",
+        ),
+        (
+            {"model__overrides": {"moe_input_jitter_eps": 0.01}},
+            1,
+            "model.overrides.moe_input_jitter_eps",
+            "the export routes without it",
+        ),
+        (
+            {"model__overrides": {"moe_router_force_load_balancing": True}},
+            1,
+            "model.overrides.moe_router_force_load_balancing",
+            "the export routes without it",
+        ),
         ({"model__overrides": {"bf16": True}}, 1, "model.overrides.bf16", "set model.bf16"),
         ({"model__overrides": {"params_dtype": "x"}}, 1, "model.overrides.params_dtype", "set model.bf16"),
         ({"model__overrides": {"calculate_per_token_loss": False}}, 1, "model.overrides.calculate_per_token_loss", ""),
@@ -240,13 +262,13 @@ def test_every_default_that_is_the_model_is_a_field_of_megatron() -> None:
     """A name that Megatron-Core renames must not silently stop being refused."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_zeda.config_rules import _MODEL_DEFAULTS, _OVERRIDABLE
+    from megatron_zeda.config_rules import _OVERRIDABLE, MODEL_DEFAULTS, OVERRIDE_REFUSALS
 
-    assert {f.name for f in fields(TransformerConfig)} >= _MODEL_DEFAULTS | _OVERRIDABLE
+    assert {f.name for f in fields(TransformerConfig)} >= MODEL_DEFAULTS | OVERRIDE_REFUSALS.keys() | _OVERRIDABLE
 
 
 def test_tensor_parallel_size_divides_heads_and_vocabulary() -> None:
-    config = make(model__tensor_model_parallel_size=3, model__sequence_parallel=True, model__seq_length=3)
+    config = make(model__tensor_model_parallel_size=3, model__sequence_parallel=True, model__seq_length=24)
     found = [str(p) for p in find_problems(config, world_size=3, hf_config=SHAPE)]
     assert len(found) == 3
     for noun, line in zip(("32 attention heads", "151936 tokens", "4 key-value heads"), found, strict=True):
