@@ -1,7 +1,7 @@
 """``zeda check | train | rollout | eval | report``. Exit 0 done, 1 failed, 2 wrong input.
 
-The commands' own modules are imported only when they run, torch and Megatron-Core only to judge the settings of a model
-whose ``config.json`` is there: without it a typing error is answered in half a second.
+The commands' own modules are imported only when they run, torch and Megatron-Core only to judge ``model.overrides`` and
+the settings of a model whose ``config.json`` is there: without both a typing error is answered in half a second.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _check_or_raise(args: argparse.Namespace) -> int:
     shape = hf_config_file(config, args.config)
     hf_config = None
     if shape is None:
-        notes.append("the model's config.json is not there yet: its shape was not checked")
+        notes.append("the model's config.json is not there yet: what depends on its shape was not checked")
     else:
         from megatron_zeda.config_machine import check_with_megatron, unavailable_here
         from megatron_zeda.models import load_hf_config

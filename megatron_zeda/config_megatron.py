@@ -19,18 +19,16 @@ _FP8_ALIGNMENT = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128
 VIRTUAL_PIPELINE = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
-def transformer_settings(config: Config, hf_config: dict[str, Any]) -> dict[str, Any]:
+def transformer_settings(config: Config, hf_config: dict[str, Any] | None) -> dict[str, Any]:
     """The fields of ``TransformerConfig`` that a run sets, for its student or its teacher.
 
     Args:
         config: the configuration of the run.
-        hf_config: ``config.json`` of the model that is built.
+        hf_config: ``config.json`` of the model that is built; None leaves out what depends on it.
     """
     import torch
 
-    from megatron_zeda.models import family_for
-
-    model, family = config.model, family_for(hf_config)
+    model = config.model
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     values: dict[str, Any] = {
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
@@ -58,13 +56,25 @@ def transformer_settings(config: Config, hf_config: dict[str, Any]) -> dict[str,
         values["moe_permute_fusion"] = True
     if model.fp8 is not None:
         values |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
-    num_zero = family.num_zero_experts(hf_config)
-    if num_zero:
-        values["zero_expert_weight"] = zero_expert_weight(config, family.num_experts(hf_config), num_zero)
-        values["zero_expert_balance_coeff"] = config.zero_experts.balance_coeff
-        if config.zero_experts.logit_bias is not None:
-            values["zero_expert_logit_bias"] = config.zero_experts.logit_bias
+    if hf_config is not None:
+        values |= _zero_expert_settings(config, hf_config)
     return values | model.overrides
+
+
+def _zero_expert_settings(config: Config, hf_config: dict[str, Any]) -> dict[str, Any]:
+    from megatron_zeda.models import family_for
+
+    family = family_for(hf_config)
+    num_zero = family.num_zero_experts(hf_config)
+    if not num_zero:
+        return {}
+    values: dict[str, Any] = {
+        "zero_expert_weight": zero_expert_weight(config, family.num_experts(hf_config), num_zero),
+        "zero_expert_balance_coeff": config.zero_experts.balance_coeff,
+    }
+    if config.zero_experts.logit_bias is not None:
+        values["zero_expert_logit_bias"] = config.zero_experts.logit_bias
+    return values
 
 
 def transformer_config(config: Config, hf_config: dict[str, Any], *, where: Path) -> Any:
@@ -110,15 +120,20 @@ def micro_batch_multiple(config: Config) -> int:
     return group if isinstance(group, int) and group > 0 else model.pipeline_model_parallel_size
 
 
-def unknown_overrides(config: Config, hf_config: dict[str, Any]) -> dict[str, str]:
-    """The names in ``model.overrides`` that are no field of ``TransformerConfig``, and what to say about each."""
+def unknown_overrides(config: Config, hf_config: dict[str, Any] | None) -> dict[str, str]:
+    """The names in ``model.overrides`` that are no field of ``TransformerConfig``, and what to say about each.
+
+    Args:
+        config: the configuration of the run.
+        hf_config: the model's ``config.json``; None: no family has such a field.
+    """
     from megatron_zeda.models import unknown_fields
 
     return unknown_fields(hf_config, config.model.overrides)
 
 
 def zero_expert_refusals(
-    config: Config, hf_config: dict[str, Any], *, without: Collection[str] = ()
+    config: Config, hf_config: dict[str, Any] | None, *, without: Collection[str] = ()
 ) -> list[tuple[str, str]]:
     """Every reason why zero experts cannot be trained with these settings, ``(dotted key, message)`` each.
 
@@ -127,7 +142,8 @@ def zero_expert_refusals(
 
     Args:
         config: the configuration of the run.
-        hf_config: the model's ``config.json``.
+        hf_config: the model's ``config.json``; None takes some model with zero experts, so that what depends on the
+            model is not judged.
         without: overrides that are left out, because something else is wrong with them.
     """
     from megatron_zeda.models import draft_transformer_config

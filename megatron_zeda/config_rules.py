@@ -189,6 +189,8 @@ def find_problems(
     ]
     if hf_config is not None:
         problems += _shape(config, dict(hf_config))
+    elif config.model.overrides or config.model.moe_token_dispatcher_type == "flex":  # else torch is not worth a wait
+        problems += [*_model_overrides(config, {}), *_judged_together(config, None, {})]
     return problems
 
 
@@ -499,12 +501,17 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
         yield Problem(("model.seq_length",), f"{model.seq_length} is above the model's {longest} positions", "lower it")
     yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
     yield from _model_overrides(config, shape)
+    yield from _judged_together(config, hf_config, shape)
+
+
+def _judged_together(config: Config, hf_config: dict[str, Any] | None, shape: Mapping[str, Any]) -> Iterator[Problem]:
+    """Overrides that nobody knows, and all that zero experts refuse; without ``hf_config`` what no model could take."""
     reported = {problem.keys[0] for problem in [*_overrides(config), *_model_overrides(config, shape)]}
     unknown = {f"model.overrides.{name}": text for name, text in unknown_overrides(config, hf_config).items()}
     for key, text in unknown.items():
         if key not in reported:
             yield Problem((key,), text)
-    if num_zero:
+    if hf_config is None or shape["num_zero_experts"]:
         wrong = {key.removeprefix("model.overrides.") for key in reported | unknown.keys()}
         for key, text in zero_expert_refusals(config, hf_config, without=wrong):
             yield Problem((key,), text)

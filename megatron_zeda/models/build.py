@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,10 +43,10 @@ def build_transformer_config(hf_config: dict[str, Any], *, where: str | Path | N
         raise InputError(f"Megatron-Core refuses this configuration: {error}", where=where) from error
 
 
-def unknown_fields(hf_config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Which of these names are no field of the family's configuration, and what to say about each."""
+def unknown_fields(hf_config: dict[str, Any] | None, names: Iterable[str]) -> dict[str, str]:
+    """Which of these names are no field of the family's (None: of any) configuration, and what to say about each."""
     platform.install()
-    config_class = family_for(hf_config).transformer_config_class()
+    config_class, _ = _class_and_values(hf_config, {})
     known = [field.name for field in dataclasses.fields(config_class) if field.init]
     messages = {}
     for name in names:
@@ -56,14 +57,15 @@ def unknown_fields(hf_config: dict[str, Any], names: Iterable[str]) -> dict[str,
     return messages
 
 
-def draft_transformer_config(hf_config: dict[str, Any], **overrides: Any) -> SimpleNamespace:
+def draft_transformer_config(hf_config: dict[str, Any] | None, **overrides: Any) -> SimpleNamespace:
     """All fields of the configuration that :func:`build_transformer_config` would build, judged by nobody yet.
 
     For rules that shall be reported together: Megatron-Core's own stop at the first. What it derives from other fields
     is not there.
 
     Args:
-        hf_config: the content of ``config.json``.
+        hf_config: the content of ``config.json``; None drafts some model with zero experts, whose shape is in nobody's
+            way.
         overrides: any ``TransformerConfig`` field.
     """
     platform.install()
@@ -75,15 +77,17 @@ def draft_transformer_config(hf_config: dict[str, Any], **overrides: Any) -> Sim
     return SimpleNamespace(**defaults | values)
 
 
-def _class_and_values(hf_config: dict[str, Any], overrides: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _class_and_values(hf_config: dict[str, Any] | None, overrides: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The family's configuration class, and what it is called with."""
-    family = family_for(hf_config)
-    values = {
-        **family.transformer_config_kwargs(hf_config),
-        **platform.transformer_config_overrides(),
-        **overrides,
-    }
-    return family.transformer_config_class(), values
+    if hf_config is None:
+        from megatron_zeda.zero_experts import ZeroExpertMLATransformerConfig
+
+        config_class: Any = ZeroExpertMLATransformerConfig  # the one with all fields
+        shape: dict[str, Any] = {"num_moe_experts": sys.maxsize, "num_zero_experts": 1}
+    else:
+        family = family_for(hf_config)
+        config_class, shape = family.transformer_config_class(), family.transformer_config_kwargs(hf_config)
+    return config_class, {**shape, **platform.transformer_config_overrides(), **overrides}
 
 
 _PARALLEL_SIZES = (

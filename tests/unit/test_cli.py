@@ -131,6 +131,24 @@ class TestCheck:
         assert cli.main(["check", str(ready), "dataset.train=start"]) == 2
         assert "start is a folder" in capsys.readouterr().err
 
+    def test_refusals_do_not_wait_for_the_model(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = [
+            "check",
+            str(ready),
+            "model.checkpoint=not_yet",
+            "model.overrides.moe_router_num_groups=4",
+            "model.overrides.moe_aux_loss_coeff=0.1",
+            "model.overrides.mtp_num_layers=1",
+            "model.overrides.moe_router_topk=8",  # more than Megatron-Core's default model has experts
+            "model.overrides.nonsense=1",
+        ]
+        assert cli.main(arguments) == 2
+        keys = [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()]
+        names = ("moe_router_num_groups", "moe_aux_loss_coeff", "mtp_num_layers", "nonsense")
+        assert sorted(keys) == sorted(f"model.overrides.{name}" for name in names)
+        assert cli.main([*arguments[:3], "model.overrides.moe_z_loss_coeff=1e-3"]) == 0
+        assert "not checked" in capsys.readouterr().out
+
     def test_all_refusals_are_named_at_once(self, capsys: pytest.CaptureFixture[str]) -> None:
         """What zero experts refuse, unknown fields, and what the trainer decides, each under its own key."""
         overrides = {
