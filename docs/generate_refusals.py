@@ -22,7 +22,8 @@ ZERO_EXPERTS = """\
 ## With zero experts
 
 Fields of Megatron-Core's `TransformerConfig`; in a configuration of the trainer they are `model.<field>` where that
-exists and `model.overrides.<field>` otherwise. Without zero experts none of these is refused.
+exists and `model.overrides.<field>` otherwise. Without zero experts none of these is refused. An alternative that the
+last table names is one for a Megatron-Core job of your own.
 """
 
 TRAINER = """\
@@ -62,14 +63,14 @@ def render() -> str:
         (f"`{r.key}`", ", ".join(map(_value, r.accepted)) or "the default", r.reason, r.fix)
         for r in config_rules.NOT_IN_THIS_VERSION
     ]
-    unserved = [(f"`{name}`", reason, "remove it") for name, reason in config_rules._OVERRIDE_REFUSALS.items()]
+    unserved = [(f"`{name}`", reason, "remove it") for name, reason in config_rules.OVERRIDE_REFUSALS.items()]
     owned = [
         (f"`{name}`", f"decided by `{owner}`" if owner else "decided by the trainer", f"set `{owner}`" if owner else "")
-        for name, owner in config_rules._OVERRIDE_OWNERS.items()
+        for name, owner in config_rules.OVERRIDE_OWNERS.items()
     ]
     decided = [
         (f"`{name}`", "decided by the checkpoint; the export would not have it", "convert a checkpoint that has it")
-        for name in sorted(config_rules._MODEL_DEFAULTS)
+        for name in sorted(config_rules.MODEL_DEFAULTS)
     ]
     return "\n".join(
         [

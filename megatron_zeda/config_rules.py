@@ -85,7 +85,7 @@ NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
 )
 
 # TransformerConfig fields that a setting of ours or the trainer itself decides.
-_OVERRIDE_OWNERS = {
+OVERRIDE_OWNERS = {
     "num_zero_experts": "zero_experts.num_zero_experts",
     "zero_expert_weight": "zero_experts.weight",
     "zero_expert_balance_coeff": "zero_experts.balance_coeff",
@@ -102,14 +102,21 @@ _OVERRIDE_OWNERS = {
     "param_sync_func": "",
 }
 
+_NOT_EXPORTED = "the export routes without it, and would not be the model that was trained"
+
 # TransformerConfig fields that the trainer cannot serve.
-_OVERRIDE_REFUSALS = {
+OVERRIDE_REFUSALS = {
     "fp8_param": "parameters and checkpoints stay in bf16: FP8 is compute only",
     "fp8_dot_product_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
     "fp8_multi_head_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
     "fp4": "batches are not aligned to what FP4 GEMMs take",
     "hierarchical_context_parallel_sizes": "the trainer creates one group for context parallelism",
     "hybrid_context_parallel": "all packs of a step are split over the whole context-parallel group",
+    "moe_expert_capacity_factor": _NOT_EXPORTED,
+    "moe_token_drop_policy": _NOT_EXPORTED,
+    "moe_input_jitter_eps": _NOT_EXPORTED,
+    "moe_router_force_biased": _NOT_EXPORTED,
+    "moe_router_force_load_balancing": _NOT_EXPORTED,
 }
 
 # What a family sets and an override may change all the same: regularisation of the training, not part of the model.
@@ -117,7 +124,7 @@ _OVERRIDABLE = frozenset({"attention_dropout", "hidden_dropout"})
 
 # TransformerConfig fields that no family sets, because Megatron-Core's default is the model; another value is another
 # model, which the teacher would share (so the parity gate would pass) and the export would not.
-_MODEL_DEFAULTS = frozenset(
+MODEL_DEFAULTS = frozenset(
     {
         "activation_func_clamp_value",
         "add_qkv_bias",
@@ -129,18 +136,13 @@ _MODEL_DEFAULTS = frozenset(
         "layernorm_zero_centered_gamma",
         "linear_attention_freq",
         "moe_apply_probs_on_input",
-        "moe_expert_capacity_factor",
-        "moe_input_jitter_eps",
         "moe_latent_size",
         "moe_layer_freq",
         "moe_router_enable_expert_bias",
-        "moe_router_force_biased",
-        "moe_router_force_load_balancing",
         "moe_router_topk_limited_devices",
         "moe_router_topk_scaling_factor",
         "moe_shared_expert_gate",
         "moe_shared_expert_intermediate_size",
-        "moe_token_drop_policy",
         "mtp_num_layers",
         "mtp_use_repeated_layer",
         "multi_latent_attention",
@@ -293,15 +295,19 @@ def _pipeline(config: Config) -> Iterator[Problem]:
         yield Problem(keys, f"{virtual} virtual stages need pipeline_model_parallel_size above 1", "use null")
     elif virtual == 1:
         yield Problem(keys, "one virtual stage a process is the pipeline as it is", "use null")
+    exchange = VIRTUAL_PIPELINE | model.overrides if virtual is not None else model.overrides
+    overlap, batch = (f"model.overrides.{name}" for name in VIRTUAL_PIPELINE)
     if virtual is None:
+        if stages > 1 and exchange.get("overlap_p2p_comm"):
+            yield Problem((overlap, *keys), "true needs virtual pipeline stages", "remove it")
         return
-    for name, value in VIRTUAL_PIPELINE.items():
-        if model.overrides.get(name, value) != value:
-            yield Problem(
-                (f"model.overrides.{name}", keys[0]),
-                "virtual pipeline stages of two processes would receive each other's messages in the wrong order",
-                "remove it",
-            )
+    if exchange["batch_p2p_comm"]:
+        if stages == 2:
+            reason = "virtual pipeline stages of two processes would receive each other's messages in the wrong order"
+            yield Problem((batch, *keys), reason, "remove it")
+        elif exchange["overlap_p2p_comm"]:
+            reason = f"true needs {overlap}=false: Megatron-Core cannot overlap batches of messages with computation"
+            yield Problem((batch, overlap, *keys), reason, "remove it")
     group = model.overrides.get("microbatch_group_size_per_vp_stage")
     if group is not None and not (type(group) is int and group >= stages):
         yield Problem(
@@ -423,23 +429,23 @@ def _schedule(config: Config) -> Iterator[Problem]:
 
 def _overrides(config: Config) -> Iterator[Problem]:
     own = {f.name for f in fields(config.model)}
-    for name in config.model.overrides:
+    for name, value in config.model.overrides.items():
         key = f"model.overrides.{name}"
         if name in own:
             yield Problem((key,), "has a setting of its own", f"set model.{name}")
-        elif name in _OVERRIDE_OWNERS:
-            owner = _OVERRIDE_OWNERS[name]
+        elif name in OVERRIDE_OWNERS:
+            owner = OVERRIDE_OWNERS[name]
             yield Problem((key,), "is decided by " + (owner or "the trainer"), f"set {owner}" if owner else "remove it")
-        elif name in _OVERRIDE_REFUSALS and config.model.overrides[name]:
-            yield Problem((key,), _OVERRIDE_REFUSALS[name], "remove it")
+        elif name in OVERRIDE_REFUSALS and value is not None and value is not False:
+            yield Problem((key,), OVERRIDE_REFUSALS[name], "remove it")
 
 
 def _model_overrides(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
     """Overrides of what the checkpoint decides: its teacher would get them too, its export would not."""
     own = {f.name for f in fields(config.model)}
     for name in config.model.overrides:
-        decided = name in shape or name in _MODEL_DEFAULTS
-        if decided and name not in own and name not in _OVERRIDE_OWNERS and name not in _OVERRIDABLE:
+        decided = name in shape or name in MODEL_DEFAULTS
+        if decided and name not in own and name not in OVERRIDE_OWNERS and name not in _OVERRIDABLE:
             yield Problem(
                 (f"model.overrides.{name}",),
                 "the checkpoint decides it, and the export would not have it",

@@ -108,7 +108,7 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.moe_pad_expert_input_to_capacity,
         "every expert is filled up to its capacity with tokens that did not choose it: the rows that skipping saves "
         "come back",
-        "moe_expert_capacity_factor alone drops without filling up",
+        "leave it off; in a Megatron-Core job of your own, moe_expert_capacity_factor alone drops without filling up",
     ),
     Refusal(
         "moe_pad_experts_for_cuda_graph_inference",
@@ -189,8 +189,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "cuda_graph_impl",
         lambda c: c.cuda_graph_impl != "none" or c.enable_cuda_graph or c.external_cuda_graph,
         "a graph of an MoE layer freezes the number of dispatched rows, which is data; one of its router freezes the "
-        "number of loss tokens and leaves the statistics at what they were when it was captured; and after one of the "
-        "attention alone the MoE layer runs without the padding mask",
+        "number of loss tokens and goes on counting where nobody reads after the statistics are reset; and after one "
+        "of the attention alone the MoE layer runs without the padding mask",
         "use 'none'",
     ),
     Refusal(

@@ -69,6 +69,8 @@ VIRTUAL_FIELD = "model__virtual_pipeline_model_parallel_size"
 VIRTUAL = {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2}
 FOUR_STAGES = {**VIRTUAL, "model__pipeline_model_parallel_size": 4}
 GROUP = "microbatch_group_size_per_vp_stage"
+PIPELINE = {"model__pipeline_model_parallel_size": 2}
+OVERLAP_P2P, BATCH_P2P = "model.overrides.overlap_p2p_comm", "model.overrides.batch_p2p_comm"
 GROUP_KEY = f"model.overrides.{GROUP}"
 OFFLOAD = {"optimizer__optimizer_cpu_offload": True, "optimizer__use_precision_aware_optimizer": True}
 FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
@@ -176,6 +178,8 @@ FP8_BLOCKS = {"model__fp8": "hybrid", "model__fp8_recipe": "blockwise"}
             "model.overrides.batch_p2p_comm",
             "in the wrong order",
         ),
+        (FOUR_STAGES | {"model__overrides": {"batch_p2p_comm": True}}, 4, BATCH_P2P, "needs model.overrides.overlap"),
+        (PIPELINE | {"model__overrides": {"overlap_p2p_comm": True}}, 2, OVERLAP_P2P, "needs virtual pipeline stages"),
         (
             FOUR_STAGES | {"model__overrides": {GROUP: 2}},
             4,
@@ -222,6 +226,9 @@ def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, te
         ({"model__context_parallel_size": 4, "model__expert_model_parallel_size": 4}, 4),
         (VIRTUAL, 2),
         (VIRTUAL | {"model__overrides": {"microbatch_group_size_per_vp_stage": 4}}, 2),
+        (FOUR_STAGES | {"model__overrides": {"overlap_p2p_comm": False, "batch_p2p_comm": True}}, 4),
+        (FOUR_STAGES | {"model__overrides": {"overlap_p2p_comm": False}}, 4),
+        (VIRTUAL | {"model__overrides": {"overlap_p2p_comm": False}}, 2),
         # Any number of conversations can be packed.
         ({"dataset__packing": True, "train__global_batch_size": 130}, 4),
         (VIRTUAL | {"dataset__packing": True, "train__global_batch_size": 1}, 2),
