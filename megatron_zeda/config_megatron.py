@@ -112,7 +112,10 @@ def length_multiple(config: Config) -> int:
 
 
 def micro_batch_multiple(config: Config) -> int:
-    """What the number of micro-batches is a multiple of: Megatron-Core's interleaved schedule works in groups."""
+    """What the number of micro-batches is a multiple of: Megatron-Core's interleaved schedule works in groups.
+
+    It also takes a last group that is smaller, but not smaller than the pipeline; this project asks for whole groups.
+    """
     model = config.model
     if model.virtual_pipeline_model_parallel_size is None:
         return 1
