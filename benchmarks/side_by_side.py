@@ -189,12 +189,16 @@ def _revision() -> str:
 
 
 def write(output: Path | None, benchmark: str, settings: dict[str, Any], results: Any, targets: list[Target]) -> None:
-    """Print the targets, and write everything with the machine and the command as JSON."""
+    """Print the targets, and write everything with the machine and the command as JSON.
+
+    The command is this process's; of the output only the name is kept.
+    """
     for target in targets:
         print(target)
     if output is None:
         return
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    arguments = [f"benchmarks/results/{output.name}" if word == str(output) else word for word in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
     record = {
         "benchmark": benchmark,
         "command": command,
