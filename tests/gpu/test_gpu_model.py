@@ -46,23 +46,33 @@ def load(folder: Path, dtype: torch.dtype, **changes: Any) -> Any:
 
 
 def differences(actual: tuple[Any, dict[str, Any]], wanted: tuple[Any, dict[str, Any]]) -> dict[str, float]:
-    """Largest difference of a token's loss, and of all gradients as one vector, relative to its norm."""
+    """Difference of the tokens' losses (largest, and what nine in ten stay below), and of all gradients as one vector,
+    relative to its norm."""
     assert actual[1].keys() == wanted[1].keys()
     distance = sum(float((actual[1][name] - wanted[1][name]).double().square().sum()) for name in wanted[1])
     norm = sum(float(wanted[1][name].double().square().sum()) for name in wanted[1])
-    return {"loss": float((actual[0] - wanted[0]).abs().max()), "gradients": (distance / norm) ** 0.5}
+    losses = (actual[0] - wanted[0]).abs()
+    return {
+        "loss": float(losses.max()),
+        "loss of nine in ten": float(losses.quantile(0.9)),
+        "gradients": (distance / norm) ** 0.5,
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpoint_written_on_a_cpu(folder: Path, precision: str, record: Callable[..., None]) -> None:
-    """It has no ``_extra_state``, and norms and experts have other names. In bf16 a few tokens may choose otherwise."""
+    """It has no ``_extra_state``, and norms and experts have other names.
+
+    Transformer Engine multiplies fp32 in TF32 (10 bits), and a token on the border between two experts may choose
+    otherwise: that moves its own loss, so the largest difference is bounded widely and nine tokens in ten tightly.
+    """
     found = differences(
         losses_and_gradients(load(folder, torch.bfloat16 if precision == "bf16" else torch.float32)),
         torch.load(folder / "reference.pt", weights_only=True),
     )
     record(**found)
-    loss, gradients = (5e-3, 2e-2) if precision == "fp32" else (0.1, 0.1)
-    assert found["loss"] < loss and found["gradients"] < gradients, found
+    most, loss, gradients = (5e-3, 2e-2, 5e-2) if precision == "fp32" else (5e-2, 0.2, 0.1)
+    assert found["loss of nine in ten"] < most and found["loss"] < loss and found["gradients"] < gradients, found
 
 
 def test_packs_equal_sequences(folder: Path, record: Callable[..., None]) -> None:
