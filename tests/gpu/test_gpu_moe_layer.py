@@ -214,7 +214,11 @@ def test_padding_changes_nothing(precision: str, record: Callable[..., None]) ->
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_balancing_loss_and_its_gradient(precision: str, record: Callable[..., None]) -> None:
-    """Equation 5 of the paper in float64. The layer's output has no weight here, so the loss is all there is."""
+    """Equation 5 of the paper in float64. The layer's output has no weight here, so the loss is all there is.
+
+    The router's GEMMs of two fp32 matrices are TF32 in Transformer Engine: the backward ones always, the forward one
+    for an fp32 model.
+    """
     counts, weight, coeff = [4] * E, 2.0, 0.1
     one = case(counts, dtype=PRECISIONS[precision]["dtype"], zero_expert_balance_coeff=coeff, **FUSED)
     one.cotangent = torch.zeros_like(one.cotangent)
@@ -231,8 +235,8 @@ def test_balancing_loss_and_its_gradient(precision: str, record: Callable[..., N
     loss = loss.detach()
     error = float((found_gradient.double() - wanted).norm() / wanted.norm())
     record(loss=found_loss, loss_error=abs(found_loss - float(loss)), gradient_error=error)
-    assert found_loss == pytest.approx(float(loss), rel=1e-4)
-    assert error < (1e-3 if precision == "fp32" else 1e-2)
+    assert found_loss == pytest.approx(float(loss), rel=1e-3)
+    assert error < (4e-3 if precision == "fp32" else 1e-2)
 
 
 def saved_and_peak(skip: float, precision: str) -> tuple[int, int]:
