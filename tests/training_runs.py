@@ -22,30 +22,34 @@ def write_rollouts(path: Path, count: int, *, seed: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def make_run(root: Path, *, num_layers: int = 2) -> None:
-    """Fill ``root`` with ``teacher_hf``, ``teacher``, ``student_hf``, ``student`` and the two jsonl files."""
+def make_run(root: Path, *, num_layers: int = 2, **changes: float) -> None:
+    """Fill ``root`` with ``teacher_hf``, ``teacher``, ``student_hf``, ``student`` and the two jsonl files.
+
+    ``changes`` are settings of the teacher, by the names of ``Qwen3MoeConfig``.
+    """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+    }
+    config = Qwen3MoeConfig(**settings | changes)
     Qwen3MoeForCausalLM(config).save_pretrained(root / "teacher_hf")
     inject_zero_experts(root / "teacher_hf", root / "student_hf")
     hf_to_megatron(root / "teacher_hf", root / "teacher")

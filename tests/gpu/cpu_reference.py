@@ -1,4 +1,4 @@
-"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|runs FOLDER``.
+"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|runs|wide FOLDER``.
 
 A process of its own, because the CPU adapter refuses to run where a GPU is visible. Compiled packages whose kernels
 need one are hidden too: Megatron-Core takes apex's Adam and its norms of gradients wherever it can import them.
@@ -26,6 +26,11 @@ MODEL: dict[str, Any] = {
     "init_method_std": 0.05,
 }
 HIDDEN_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+RUNS: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    # Fused attention takes packs in 16 bits only.
+    "cpu-packs": {"dataset.packing": True, "model.bf16": True},
+}
 LENGTHS = (40, 64, 24)  # sequences of a pack, 128 tokens in all
 
 
@@ -105,17 +110,50 @@ def write_model(folder: Path) -> None:
     torch.save(losses_and_gradients(model), folder / "reference.pt")
 
 
+def run_config(folder: Path, name: str, settings: dict[str, Any]) -> Any:
+    """Six steps in ``folder/name`` that stay apart by no more than rounding where their gradients do.
+
+    Adam divides by the size of a gradient, which turns the rounding error of a very small one into a full step unless
+    ``adam_eps`` is well above it.
+    """
+    from training_runs import make_config
+
+    config = make_config(folder, name)
+    config.optimizer.lr = 1e-3
+    config.optimizer.adam_eps = 1e-5
+    for key, value in settings.items():
+        section, field = key.split(".")
+        target = getattr(config, section)
+        setattr(target, field, {**getattr(target, field), **value} if isinstance(value, dict) else value)
+    return config
+
+
 def write_runs(folder: Path) -> None:
-    """Teacher, student, data, and a run of six fp32 steps in ``folder/cpu``."""
-    from training_runs import make_config, make_run
+    """Teacher, student, data, and the runs of ``RUNS``."""
+    from training_runs import make_run
 
     from megatron_zeda.training import train
 
     make_run(folder)
-    assert train(make_config(folder, "cpu")) == 0
+    for name, settings in RUNS.items():
+        assert train(run_config(folder, name, settings)) == 0
+
+
+def write_wide(folder: Path) -> None:
+    """Teacher, student and data, every size of a linear layer a multiple of the 128 values that share a scale."""
+    from training_runs import make_run
+
+    make_run(
+        folder,
+        hidden_size=128,
+        head_dim=32,
+        intermediate_size=128,
+        moe_intermediate_size=128,
+        initializer_range=0.1,
+    )
 
 
 if __name__ == "__main__":
     for package in HIDDEN_PACKAGES:
         sys.modules[package] = None  # type: ignore[assignment]  # importing it fails from here on
-    {"model": write_model, "runs": write_runs}[sys.argv[1]](Path(sys.argv[2]))
+    {"model": write_model, "runs": write_runs, "wide": write_wide}[sys.argv[1]](Path(sys.argv[2]))
