@@ -84,6 +84,8 @@ class GlobalBatch:
         loss_tokens: response tokens predicted in the whole global batch.
         tokens: real tokens (prompt and response) in the whole global batch.
         positions: tokens and padding of the whole global batch, which is what a step computes.
+        micro_steps: how many of the step's micro-batches hold a token on some rank; the others, which interleaved
+            pipelines ask for, are empty packs everywhere.
     """
 
     micro_batches: list[MicroBatch]
@@ -91,6 +93,7 @@ class GlobalBatch:
     loss_tokens: int
     tokens: int
     positions: int
+    micro_steps: int
 
 
 class BatchOrder:
@@ -179,6 +182,7 @@ class BatchBuilder:
             loss_tokens=sum(sample.num_loss_tokens for sample in present),
             tokens=sum(sample.num_inputs for sample in present),
             positions=len(picked) * seq_length,
+            micro_steps=sum(any(s is not None for s in picked[i : i + stride]) for i in range(0, len(picked), stride)),
         )
 
     def _rows(self, rows: Sequence[Sample | None], seq_length: int) -> MicroBatch:
@@ -225,16 +229,14 @@ class PackedBatchBuilder(BatchBuilder):
 
     def build(self, chosen: Sequence[int | None]) -> GlobalBatch:
         """The batch of these sample indices; ``None`` is no sample."""
-        layout = self.layout
+        layout, size = self.layout, self.layout.data_parallel_size
         present = [self.samples[i] for i in chosen if i is not None]
         multiple = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
         lengths = [_round_up(sample.num_inputs, multiple) for sample in present]
-        packs = pack_conversations(
-            lengths, capacity=self.pack_length, multiple=layout.data_parallel_size * layout.micro_batch_multiple
-        )
+        packs = pack_conversations(lengths, capacity=self.pack_length, multiple=size * layout.micro_batch_multiple)
         longest_pack = max(sum(lengths[i] for i in pack) for pack in packs)
         seq_length = _round_up(longest_pack, layout.length_multiple)
-        mine = packs[layout.data_parallel_rank :: layout.data_parallel_size]
+        mine = packs[layout.data_parallel_rank :: size]
         return GlobalBatch(
             micro_batches=[
                 self._pack([present[i] for i in pack], [lengths[i] for i in pack], seq_length, max(lengths))
@@ -244,6 +246,7 @@ class PackedBatchBuilder(BatchBuilder):
             loss_tokens=sum(sample.num_loss_tokens for sample in present),
             tokens=sum(sample.num_inputs for sample in present),
             positions=len(packs) * seq_length,
+            micro_steps=sum(any(packs[i : i + size]) for i in range(0, len(packs), size)),
         )
 
     def _pack(self, samples: list[Sample], lengths: list[int], seq_length: int, longest: int) -> MicroBatch:

@@ -50,7 +50,7 @@ def train_step(
         ce_weight: weight of the cross entropy in the objective.
         stop: whether this rank wants to stop.
     """
-    set_loss_tokens(batch.loss_tokens / len(batch.micro_batches))
+    set_loss_tokens(batch.loss_tokens / batch.micro_steps)  # the balancing loss is the mean over them
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()

@@ -35,8 +35,8 @@ def set_loss_tokens(num_tokens_per_micro_step: torch.Tensor | float | None) -> N
     recomputed forward pass (which may run while another micro-batch is in flight) uses the same one.
 
     Args:
-        num_tokens_per_micro_step: loss tokens of the global batch divided by the number of micro-batches, the same on
-            every rank; None forgets it.
+        num_tokens_per_micro_step: loss tokens of the global batch divided by the number of micro-batches (of those that
+            hold a token on some rank), the same on every rank; None forgets it.
     """
     global _loss_tokens
     _loss_tokens = num_tokens_per_micro_step
@@ -143,7 +143,7 @@ class ZeroExpertRouter(TopKRouter):
                 zero_expert_weight=self.config.zero_expert_weight,
                 coeff=1.0,
             )
-        self.counts.add_balance_loss(loss.detach())
+        self.counts.add_balance_loss(loss.detach(), num_tokens)
         if coeff == 0.0 and z_coeff == 0.0:
             return probs_TG
         scale = self._gradient_scale()

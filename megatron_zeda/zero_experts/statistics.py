@@ -15,13 +15,11 @@ class RouterCounts:
     One small operation per pass and sum: on a GPU each is a kernel in every layer.
     """
 
-    # [selections of zero experts, tokens, balance loss (this rank's part)]
-    SIZE = 3
+    # [selections of zero experts, tokens, balance loss (this rank's part), micro-steps of training with a token]
+    SIZE = 4
 
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None
-        self.micro_steps = 0
-        """Training passes, each with a loss."""
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
         if self.sums is None or self.sums.device != like.device:
@@ -35,14 +33,20 @@ class RouterCounts:
         """Add one pass: ``[selections of zero experts, tokens]``, both of tokens that are not padding."""
         self._buffer(zero_and_tokens)[:2].add_(zero_and_tokens)
 
-    def add_balance_loss(self, loss: torch.Tensor) -> None:
-        """Add this rank's part of one micro-step's balancing loss (without alpha)."""
-        self._buffer(loss)[2].add_(loss)
-        self.micro_steps += 1
+    def add_balance_loss(self, loss: torch.Tensor, num_tokens: torch.Tensor) -> None:
+        """Add this rank's part of one micro-step's balancing loss (without alpha); one without a token has none.
+
+        Args:
+            loss: scalar.
+            num_tokens: tokens of all ranks that are not padding.
+        """
+        sums = self._buffer(loss)
+        sums[2].add_(loss)
+        sums[3].add_(num_tokens > 0)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.sums, self.micro_steps = None, 0
+        self.sums = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class RouterStatistics:
     num_selections: tuple[int, ...]
     """Per layer: tokens (padding left out) times K."""
     balance_loss_per_layer: tuple[float, ...]
-    """Mean over micro-steps, without alpha; 1.0 with both groups on their target, NaN without a training pass."""
+    """Mean over micro-steps with a token, without alpha; 1.0 with both groups on their target, NaN without any."""
 
     @property
     def skip_rate_per_layer(self) -> list[float]:
@@ -109,25 +113,25 @@ def router_statistics(
     device = routers[0].weight.device if routers else torch.device("cpu")
     num_layers = num_layers.to(_collective_device(device, pipeline))
     torch.distributed.all_reduce(num_layers, op=torch.distributed.ReduceOp.MAX, group=pipeline)
-    # Two more columns: K, which marks the layers that exist (a stage may hold layers without a router), and the passes.
-    table = torch.zeros(int(num_layers), RouterCounts.SIZE + 2, dtype=torch.float64, device=num_layers.device)
+    # One more column: K, which marks the layers that exist (a stage may hold layers without a router).
+    table = torch.zeros(int(num_layers), RouterCounts.SIZE + 1, dtype=torch.float64, device=num_layers.device)
     for router in routers:
         row = table[router.layer_number - 1]
-        row[3], row[4] = router.topk, router.counts.micro_steps
+        row[-1] = router.topk
         if router.counts.sums is not None:
-            row[:3] = router.counts.sums
+            row[:-1] = router.counts.sums
         if reset:
             router.counts.reset()
     torch.distributed.all_reduce(table, group=group)
     torch.distributed.all_reduce(table, group=pipeline)
-    rows = [(number + 1, row) for number, row in enumerate(table.tolist()) if row[3]]
+    rows = [(number + 1, row) for number, row in enumerate(table.tolist()) if row[-1]]
     size = torch.distributed.get_world_size(group)
     return RouterStatistics(
         layer_numbers=tuple(number for number, _ in rows),
         num_zero_selections=tuple(round(row[0]) for _, row in rows),
-        num_selections=tuple(round(row[1] * row[3] / size) for _, row in rows),
+        num_selections=tuple(round(row[1] * row[-1] / size) for _, row in rows),
         # Every rank added its part of the loss, and one per micro-step.
-        balance_loss_per_layer=tuple(row[2] * size / row[4] if row[4] else float("nan") for _, row in rows),
+        balance_loss_per_layer=tuple(row[2] * size / row[3] if row[3] else float("nan") for _, row in rows),
     )
 
 

@@ -1,6 +1,7 @@
 """Packs: what shares one, the tensors of one, and the parts that data- and context-parallel ranks get."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,34 @@ def test_the_padding_behind_the_last_sequence_is_short_sequences() -> None:
     [micro] = empty.micro_batches
     assert micro.cu_seqlens is not None and micro.cu_seqlens.tolist() == [0, 3, 6, 8]
     assert micro.padding_mask.all() and not micro.loss_mask.any()
+
+
+@pytest.mark.parametrize(("lengths", "size", "groups", "micro_steps"), [([5], 2, 2, 1), ([5, 4, 3], 2, 2, 2)])
+def test_micro_steps_that_are_empty_everywhere_are_not_counted(
+    lengths: list[int], size: int, groups: int, micro_steps: int
+) -> None:
+    """Two micro-batches a rank, because pipelines ask for them; of one conversation the second is empty on all."""
+    for rank in range(size):
+        batch = packed(
+            make_samples(lengths), data_parallel_size=size, data_parallel_rank=rank, micro_batch_multiple=groups
+        )
+        assert (len(batch.micro_batches), batch.micro_steps) == (groups, micro_steps)
+
+
+def test_a_step_scales_the_balancing_loss_by_the_micro_steps_that_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_zeda.training import step
+
+    given: list[float] = []
+
+    def stop() -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(step, "set_loss_tokens", given.append)
+    monkeypatch.setattr(step, "get_forward_backward_func", stop)
+    batch = packed(make_samples([6]), micro_batch_multiple=2)
+    with pytest.raises(InterruptedError):
+        step.train_step([], SimpleNamespace(zero_grad=lambda: None), None, batch, ce_weight=1.0, stop=False)
+    assert given == [batch.loss_tokens] == [3.0]
 
 
 def conversations(batch: GlobalBatch) -> list[tuple[int, ...]]:

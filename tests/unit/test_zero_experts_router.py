@@ -84,6 +84,19 @@ def test_balance_gradient_and_statistics_leave_padding_out(variant: dict[str, An
     assert math.isnan(router_statistics(layer).skip_rate)  # reading resets
 
 
+def test_a_micro_step_without_a_token_does_not_dilute_the_balancing_loss() -> None:
+    layer = dynamic_layer(layer_config())
+    hidden = tokens()
+    nothing = torch.ones(hidden.shape[1], hidden.shape[0], dtype=torch.bool)
+    layer(hidden)
+    [wanted] = router_statistics(layer).balance_loss_per_layer
+    layer(hidden)
+    layer(hidden, padding_mask=nothing)
+    assert router_statistics(layer).balance_loss_per_layer == (wanted,)
+    layer(hidden, padding_mask=nothing)
+    assert math.isnan(router_statistics(layer).balance_loss)
+
+
 def test_padding_does_not_change_other_tokens() -> None:
     """Upstream mixes up ``[T, E]`` and ``[T]`` when a selection bias meets padding: it raises, or is wrong at T = E."""
     for seq_length in (12, (E + Z) // 2):
