@@ -92,7 +92,7 @@ def unavailable_here(config: Config) -> list[str]:
     if on_device and not platform.have_transformer_engine():
         lines.append("optimizer.use_precision_aware_optimizer: true needs Transformer Engine and a GPU")
     lines = [f"{line}, which this machine does not have" for line in lines]
-    return [*lines, *_no_dispatcher(config), *_no_fp8(config)]
+    return [*lines, *_no_dispatcher(config), *_no_fp8(config), *_no_attention(config)]
 
 
 def _no_dispatcher(config: Config) -> list[str]:
@@ -122,3 +122,15 @@ def _no_fp8(config: Config) -> list[str]:
     }[config.model.fp8_recipe or "tensorwise"]
     supported, reason = available(return_reason=True)
     return [] if supported else [f"model.fp8_recipe: {config.model.fp8_recipe} cannot be used on this GPU: {reason}"]
+
+
+def _no_attention(config: Config) -> list[str]:
+    """Transformer Engine's attention over several ranks has no fp32 kernel; the one used without it has."""
+    model = config.model
+    local = model.overrides.get("transformer_impl") == "local" or not platform.have_transformer_engine()
+    if model.bf16 or model.context_parallel_size == 1 or local:
+        return []
+    return [
+        f"model.bf16: false with context_parallel_size {model.context_parallel_size}: Transformer Engine's attention "
+        "shares sequences in bf16 only"
+    ]

@@ -182,6 +182,7 @@ def find_problems(
         *_layout(config, world_size),
         *_batch(config, world_size),
         *_pipeline(config),
+        *_context(config),
         *_recompute(config),
         *_precision(config),
         *_optimizer(config),
@@ -315,6 +316,25 @@ def _pipeline(config: Config) -> Iterator[Problem]:
             f"{group!r}, but virtual stages work on pipeline_model_parallel_size {stages} or more batches in turn",
             "raise it, or remove it",
         )
+
+
+def _context(config: Config) -> Iterator[Problem]:
+    served = ("p2p", "all_gather", "a2a")
+    unserved = [kind for kind in _context_exchanges(config) if kind not in served]
+    if unserved:
+        yield Problem(
+            ("model.overrides.cp_comm_type", "model.context_parallel_size"),
+            f"{unserved[0]!r} is not served: the trainer creates one group for context parallelism",
+            f"use {', '.join(served[:-1])} or {served[-1]}",
+        )
+
+
+def _context_exchanges(config: Config) -> list[Any]:
+    """How the layers' attentions exchange keys and values, where they do and the configuration says how."""
+    kinds = config.model.overrides.get("cp_comm_type")
+    if kinds is None or config.model.context_parallel_size == 1:
+        return []
+    return list(kinds) if isinstance(kinds, list) else [kinds]
 
 
 def _precision(config: Config) -> Iterator[Problem]:
@@ -501,6 +521,14 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
             ("model.tensor_model_parallel_size",),
             f"{tp} is neither a multiple nor a divisor of the model's {groups} key-value heads",
             "use one that is",
+        )
+    context = model.context_parallel_size
+    heads, groups = shape["num_attention_heads"] // tp, max(1, groups // tp)
+    if "a2a" in _context_exchanges(config) and (heads % context or groups % context):
+        yield Problem(
+            ("model.overrides.cp_comm_type", "model.context_parallel_size", "model.tensor_model_parallel_size"),
+            f"a2a deals heads out to {context} ranks, which do not divide {heads} and {groups} key-value heads",
+            "use p2p or all_gather",
         )
     longest = shape["max_sequence_length"]
     if model.seq_length > longest:

@@ -139,6 +139,17 @@ def test_transformer_engine_judges_the_recipe(supported: bool, lines: int, monke
     assert all(line == "model.fp8_recipe: blockwise cannot be used on this GPU: needs Hopper" for line in found)
 
 
+@pytest.mark.parametrize("engine", [False, True])
+def test_sequences_are_shared_in_bf16_where_transformer_engine_attends(
+    engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "have_transformer_engine", lambda: engine)
+    monkeypatch.setattr(platform, "transformer_config_overrides", dict)
+    found = unavailable_here(make(bf16=False, context_parallel_size=2))
+    assert [line.split(":")[0] for line in found] == (["model.bf16"] if engine else [])
+    assert not unavailable_here(make(bf16=False)) and not unavailable_here(make(context_parallel_size=2))
+
+
 def test_a_library_that_is_not_there_is_an_error_of_the_settings(
     monkeypatch: pytest.MonkeyPatch, megatron: None
 ) -> None:

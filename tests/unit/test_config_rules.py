@@ -71,6 +71,9 @@ FOUR_STAGES = {**VIRTUAL, "model__pipeline_model_parallel_size": 4}
 GROUP = "microbatch_group_size_per_vp_stage"
 PIPELINE = {"model__pipeline_model_parallel_size": 2}
 OVERLAP_P2P, BATCH_P2P = "model.overrides.overlap_p2p_comm", "model.overrides.batch_p2p_comm"
+CONTEXT = {"model__context_parallel_size": 2}
+CP_COMM = "model.overrides.cp_comm_type"
+A2A = {"cp_comm_type": ["p2p", "a2a"]}
 GROUP_KEY = f"model.overrides.{GROUP}"
 OFFLOAD = {"optimizer__optimizer_cpu_offload": True, "optimizer__use_precision_aware_optimizer": True}
 FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
@@ -188,6 +191,19 @@ FP8_BLOCKS = {"model__fp8": "hybrid", "model__fp8_recipe": "blockwise"}
         ),
         (FOUR_STAGES | {"model__overrides": {GROUP: 4.0}}, 4, GROUP_KEY, "4.0, but"),
         (FOUR_STAGES | {"model__overrides": {GROUP: 256}}, 4, "train.global_batch_size", "128 is not a multiple of"),
+        (CONTEXT | {"model__overrides": {"cp_comm_type": "a2a+p2p"}}, 2, CP_COMM, "'a2a+p2p' is not served"),
+        (
+            CONTEXT | {"model__overrides": {"cp_comm_type": ["p2p", "a2a+p2p"]}},
+            2,
+            CP_COMM,
+            "use p2p, all_gather or a2a",
+        ),
+        (
+            CONTEXT | {"model__context_parallel_size": 8, "model__overrides": A2A},
+            8,
+            CP_COMM,
+            "do not divide 32 and 4 key-value heads",
+        ),
         ({"model__fp8": "hybrid"}, 1, "model.fp8_recipe", "use tensorwise"),
         ({"model__fp8_recipe": "blockwise"}, 1, "model.fp8_recipe", "no effect without model.fp8"),
         (FP8 | {"model__bf16": False}, 1, "model.fp8", "set model.bf16=true"),
@@ -229,6 +245,8 @@ def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, te
         (FOUR_STAGES | {"model__overrides": {"overlap_p2p_comm": False, "batch_p2p_comm": True}}, 4),
         (FOUR_STAGES | {"model__overrides": {"overlap_p2p_comm": False}}, 4),
         (VIRTUAL | {"model__overrides": {"overlap_p2p_comm": False}}, 2),
+        (CONTEXT | {"model__overrides": {"cp_comm_type": "a2a"}}, 2),
+        ({"model__overrides": {"cp_comm_type": "a2a+p2p"}}, 1),  # nothing is exchanged
         # Any number of conversations can be packed.
         ({"dataset__packing": True, "train__global_batch_size": 130}, 4),
         (VIRTUAL | {"dataset__packing": True, "train__global_batch_size": 1}, 2),
