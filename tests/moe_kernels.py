@@ -136,7 +136,9 @@ class OnHost(torch.Tensor):
 
 def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """Megatron-Core's, which copies what is on a device."""
-    return tensor if as_numpy or not isinstance(tensor, torch.Tensor) else tensor.as_subclass(OnHost)
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
+    return tensor.numpy() if as_numpy else tensor.as_subclass(OnHost)
 
 
 DISPATCHER_KERNELS: dict[str, Callable[..., Any]] = {
@@ -154,12 +156,18 @@ DISPATCHER_KERNELS: dict[str, Callable[..., Any]] = {
 """What to put into ``megatron.core.transformer.moe.token_dispatcher``."""
 
 
-def _row_order(routing_map: torch.Tensor, num_out_tokens: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _row_order(routing_map: torch.Tensor, num_out_tokens: Any) -> torch.Tensor:
+    """The expert and the token of every row, ``[2, rows]``."""
     num_rows = int(num_out_tokens)
     assert num_rows > 0, "moe_permute (mask map) requires num_out_tokens > 0"
-    experts, rows = routing_map.T.nonzero().unbind(1)
-    assert len(rows) == num_rows, f"{num_rows} rows asked for, {len(rows)} selected: the rest nobody would write"
-    return experts, rows
+    places = routing_map.T.nonzero().T
+    found = places.shape[1]
+    assert found == num_rows, f"{num_rows} rows asked for, {found} selected: the rest nobody would write"
+    return places
+
+
+def _nothing() -> torch.Tensor:
+    return torch.empty(2, 0, dtype=torch.long)
 
 
 def fused_permute(
@@ -167,9 +175,9 @@ def fused_permute(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Transformer Engine's ``moe_permute``: 0 tokens pass, 0 rows out of some tokens do not."""
     if not tokens.numel():
-        return tokens.clone(), torch.empty(0, dtype=torch.long)
-    _, rows = _row_order(routing_map, num_out_tokens)
-    return tokens[rows], rows
+        return tokens.clone(), _nothing()
+    places = _row_order(routing_map, num_out_tokens)
+    return tokens[places[1]], places
 
 
 def fused_permute_with_probs(
@@ -177,19 +185,53 @@ def fused_permute_with_probs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Transformer Engine's ``moe_permute_with_probs``."""
     if not tokens.numel():
-        return tokens.clone(), probs.reshape(-1)[:0], torch.empty(0, dtype=torch.long)
-    experts, rows = _row_order(routing_map, num_out_tokens)
-    return tokens[rows], probs[rows, experts], rows
+        return tokens.clone(), probs.reshape(-1)[:0], _nothing()
+    places = _row_order(routing_map, num_out_tokens)
+    experts, rows = places
+    return tokens[rows], probs[rows, experts], places
+
+
+def fused_permute_and_pad_with_probs(
+    tokens: torch.Tensor,
+    probs: torch.Tensor,
+    routing_map: torch.Tensor,
+    tokens_per_expert: torch.Tensor,
+    align_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Transformer Engine's ``moe_permute_and_pad_with_probs``: every expert's rows are filled up with zeros.
+
+    Tokens, weights, order, how far down padding moves an expert's rows (None: no padding), counts with padding.
+    """
+    padded = (torch.ceil(tokens_per_expert / align_size) * align_size).long()
+    padding = padded - tokens_per_expert
+    offsets = padding.cumsum(0) - padding if padding.any() else None
+    if not tokens.numel():
+        return tokens.clone(), probs.reshape(-1)[:0], _nothing(), offsets, padded
+    places = _row_order(routing_map, tokens_per_expert.sum())
+    experts, rows = places
+    slots = _slots(places, offsets)
+    total = int(padded.sum())
+    all_tokens = tokens.new_zeros(total, tokens.shape[1]).index_copy(0, slots, tokens[rows])
+    return all_tokens, probs.new_zeros(total).index_copy(0, slots, probs[rows, experts]), places, offsets, padded
+
+
+def _slots(places: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+    slots = torch.arange(places.shape[1])
+    return slots if offsets is None else slots + offsets[places[0]]
 
 
 def fused_unpermute(
-    tokens: torch.Tensor, rows: torch.Tensor, merging_probs: Any = None, restore_shape: Any = None, **_: Any
+    tokens: torch.Tensor,
+    places: torch.Tensor,
+    merging_probs: Any = None,
+    restore_shape: Any = None,
+    pad_offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Transformer Engine's ``moe_unpermute``, which returns nothing for nothing, whatever shape is asked for."""
     assert merging_probs is None
     if not tokens.numel():
         return tokens.clone()
-    return tokens.new_zeros(restore_shape).index_add(0, rows, tokens)
+    return tokens.new_zeros(restore_shape).index_add(0, places[1], tokens[_slots(places, pad_offsets)])
 
 
 def fused_sort_chunks_by_index_with_probs(
@@ -203,10 +245,10 @@ def fused_sort_chunks_by_index_with_probs(
 
 PERMUTE_KERNELS: dict[str, Any] = {
     "HAVE_TE": True,
-    "is_te_min_version": lambda version: False,
+    "is_te_min_version": lambda version: True,
     "fused_permute": fused_permute,
     "fused_permute_with_probs": fused_permute_with_probs,
-    "fused_permute_and_pad_with_probs": None,
+    "fused_permute_and_pad_with_probs": fused_permute_and_pad_with_probs,
     "fused_unpermute": fused_unpermute,
     "fused_sort_chunks_by_index": lambda x, sizes, order: fused_sort_chunks_by_index_with_probs(x, x, sizes, order)[0],
     "fused_sort_chunks_by_index_with_probs": fused_sort_chunks_by_index_with_probs,
