@@ -94,10 +94,10 @@ def _bias_columns(layer: Any, column_bias: torch.Tensor) -> None:
     layer.router.gating = lambda hidden: gating(hidden) + column_bias
 
 
-def _gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """``[ranks, ...]``"""
-    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, tensor.contiguous())
+def _gathered(tensor: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """``[ranks of the group, ...]``"""
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)
 
 
@@ -174,7 +174,10 @@ def _run(case: str, batch: str, sizes: dict[str, int]) -> dict[str, Any]:
     expected = stock(inputs[1])[0]
     expected.square().sum().backward()
 
-    local = _gathered(chosen)[..., ep_rank * E // ep : (ep_rank + 1) * E // ep].sum((0, 1))
+    here = slice(ep_rank * E // ep, (ep_rank + 1) * E // ep)
+    chosen_here = _gathered(chosen)[..., here]
+    local = chosen_here.sum((0, 1))
+    from_peers = _gathered(chosen, parallel_state.get_expert_model_parallel_group())[..., here]
     theirs = dict(stock.named_parameters())
     return {
         "output": _difference(output, expected),
@@ -189,6 +192,9 @@ def _run(case: str, batch: str, sizes: dict[str, int]) -> dict[str, Any]:
         "selections": int(chosen.sum()),
         # One row per token and rank that holds a selection of it.
         "token-rank pairs": int(chosen.reshape(-1, ep, E // ep).any(2).sum()) * etp,
+        "tokens that come here": int(chosen_here.any(-1).sum()),
+        # Of this rank's place among the expert-tensor-parallel ranks, which then gather each other's.
+        "selections that come here": int(from_peers.sum()),
         "rows for local experts": int(local.sum()),
         "with padding": int((-(-local // multiple) * multiple).sum()),
         "rows into experts": rows[0],
@@ -258,14 +264,15 @@ def _check_wire(case: str, result: dict[str, Any], where: str) -> None:
     if dispatcher == "allgather":
         assert result["forward"] == result["backward"] == [], where
         return
-    sent = result["token-rank pairs" if dispatcher in FLEX else "selections"]
-    forward, backward = result["forward"], result["backward"]
-    assert len(forward) == len(backward) == 2, where
-    assert forward[0][0] == backward[0][0] == sent, where
-    assert forward[1] == backward[1], where
-    if dispatcher == "alltoall" and result["etp"] == 1:
-        assert forward[1][0] == result["rows for local experts"], where
-        # Beside the rows, one weight for each of them, and its gradient.
-        assert result["other bytes"] == (sent + forward[1][0]) * 4, where
-    for rows, size in [*forward, *backward]:
-        assert size == rows * H * 4, where
+    flex = dispatcher in FLEX
+    sent = result["token-rank pairs" if flex else "selections"]
+    received = result["tokens that come here" if flex else "selections that come here"]
+    messages = [(sent, sent * H * 4), (received, received * H * 4)]
+    assert result["forward"] == result["backward"] == messages, where
+    if not flex:
+        # Beside each row its weight, and the weight's gradient on the way back.
+        assert result["other bytes"] == (sent + received) * 4, where
+    else:
+        # The stand-ins send a place (int64) and a weight for every slot, or expert, of a token, and get its gradient.
+        slots = (E if dispatcher == "hybridep" else K) * result["etp"]
+        assert result["other bytes"] == slots * (sent * (8 + 4) + received * 4), where
