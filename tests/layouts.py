@@ -33,6 +33,7 @@ LENGTHS, PROMPTS = (16, 9, 15, 14, 6, 13, 16, 7), (2, 5, 7, 3, 1, 4, 9, 2)
 MARKED_SAMPLES, MARKED_TOKEN, IDLE_EXPERT = slice(SAMPLES // 2, SAMPLES), 0, 3
 MARK_LENGTH, MARK_THRESHOLD, SURE = 1e3, 4.5, 100.0  # a normalised marked token has sqrt(H) = 5.7 there
 
+Z_LOSS: dict[str, Any] = {"moe_z_loss_coeff": 0.02}
 SIGMOID: dict[str, Any] = {
     "moe_router_score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
@@ -63,10 +64,10 @@ class Scenario:
 
 
 SCENARIOS = {
-    "softmax": Scenario(),
+    "softmax": Scenario(Z_LOSS),
     "sigmoid": Scenario(SIGMOID),
     # Megatron averages the ranks' means, which is the mean over all tokens only if they hold equally many.
-    "mean loss": Scenario({"calculate_per_token_loss": False}, padded=False),
+    "mean loss": Scenario({**Z_LOSS, "calculate_per_token_loss": False}, padded=False),
     "glm": Scenario({**SIGMOID, **LATENT_ATTENTION, "moe_layer_freq": [0, 1, 1, 1]}),
     "edges": Scenario(edges=True),
     "nothing skips": Scenario({**SIGMOID, "zero_expert_logit_bias": -10.0}),
@@ -282,7 +283,8 @@ def plain_step(scenario: Scenario, balance_coeff: float = BALANCE_COEFF) -> Outc
     chunks = build_chunks(config, scenario)
     routers = zero_expert_routers(chunks)
     for router in routers:
-        router.counting = False
+        router.counting = False  # which leaves out the z-loss, too
+    z_loss_coeff = config.moe_z_loss_coeff or 0.0
     steps = global_batch(scenario)
     num_tokens = num_loss_tokens(scenario)
     loss, objective = 0.0, torch.zeros(())
@@ -297,15 +299,17 @@ def plain_step(scenario: Scenario, balance_coeff: float = BALANCE_COEFF) -> Outc
         total = (losses * batch["loss_mask"]).sum()
         loss += float(total.detach())
         valid_T = ~batch["padding_mask"].T.reshape(-1)
-        values = []
+        values, z_losses = [], []
         for index, (router, (logits_TG, map_TG)) in enumerate(zip(routers, seen, strict=True)):
             zero[index] += map_TG[valid_T, E:].sum()
             selections[index] += map_TG[valid_T].sum()
             values.append(_balance(router, logits_TG[valid_T], map_TG[valid_T]))
+            z_losses.append(logits_TG[valid_T].double().logsumexp(-1).square().mean())
         balances += torch.stack(values).detach() / MICRO_STEPS
-        # One token counts like any other, whichever micro-step it is in; every layer's balancing loss is averaged over
-        # micro-steps.
-        objective = objective + total / num_tokens + balance_coeff * torch.stack(values).sum() / MICRO_STEPS
+        # One token counts like any other, whichever micro-step it is in; every layer's balancing loss and z-loss are
+        # averaged over micro-steps.
+        routers_part = balance_coeff * torch.stack(values).sum() + z_loss_coeff * torch.stack(z_losses).sum()
+        objective = objective + total / num_tokens + routers_part / MICRO_STEPS
     objective.backward()
     with torch.no_grad():
         for parameter in chunks[0].parameters():

@@ -6,6 +6,7 @@ test_dispatchers.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -125,16 +126,20 @@ def test_law_3_layout_equals_one_process(name: str, megatron: None) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenarios_are_what_they_are_called(scenario: str, megatron: None) -> None:
-    """Tolerances mean nothing where gradients are zero, or where the balancing loss contributes none."""
-    outcome = _reference(scenario)
-    without_balance = plain_step(SCENARIOS[scenario], balance_coeff=0.0)
-    assert outcome.gradients is not None and without_balance.gradients is not None
+    """Tolerances mean nothing where gradients are zero, or where the balancing loss or z-loss contributes none."""
+    outcome, config = _reference(scenario), SCENARIOS[scenario].config
+    without = [plain_step(SCENARIOS[scenario], balance_coeff=0.0).gradients]
+    if "moe_z_loss_coeff" in config:
+        without.append(plain_step(replace(SCENARIOS[scenario], config=config | {"moe_z_loss_coeff": None})).gradients)
+    assert outcome.gradients is not None
     for key, gradient in outcome.gradients.items():
         no_rows = scenario == "everything skips" and ".experts." in key
         assert np.abs(gradient).max() == 0 if no_rows else np.abs(gradient).max() > 1e-4, key
         if "router" in key:
-            share = np.abs(gradient - without_balance.gradients[key]).max() / np.abs(gradient).max()
-            assert share > 0.05, (key, share)
+            for gradients in without:
+                assert gradients is not None
+                share = np.abs(gradient - gradients[key]).max() / np.abs(gradient).max()
+                assert share > 0.05, (key, share)
     skipped = [zero / all_ for zero, all_ in zip(outcome.num_zero_selections, outcome.num_selections, strict=True)]
     if scenario == "nothing skips":
         assert set(skipped) == {0.0}
