@@ -2,9 +2,9 @@
 #
 #   docker build -t megatron-zeda .
 #   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v /data:/data megatron-zeda
-#   docker run --rm --gpus all --ipc=host megatron-zeda make test-gpu PYTHON=python
+#   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/opt/megatron-zeda/runs" megatron-zeda make test-gpu PYTHON=python
 #
-# CUDA 13.2, PyTorch 2.12.0a0, Python 3.12; Transformer Engine and apex as NVIDIA compiled them for it.
+# CUDA 13.2, PyTorch 2.12.0a0 and Python 3.12, as its users report; the rest as NVIDIA compiled it for them.
 FROM nvcr.io/nvidia/pytorch:26.05-py3
 
 WORKDIR /opt/megatron-zeda
