@@ -530,12 +530,36 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
             f"a2a deals heads out to {context} ranks, which do not divide {heads} and {groups} key-value heads",
             "use p2p or all_gather",
         )
+    if model.fp8 is not None:
+        yield from _fp8_shape(config, shape)
     longest = shape["max_sequence_length"]
     if model.seq_length > longest:
         yield Problem(("model.seq_length",), f"{model.seq_length} is above the model's {longest} positions", "lower it")
     yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
     yield from _model_overrides(config, shape)
     yield from _judged_together(config, hf_config, shape)
+
+
+def _fp8_shape(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
+    """Widths that FP8 GEMMs do not take, of one rank's part; Transformer Engine would end the first step."""
+    model = config.model
+    multiple = 32 if model.fp8_recipe == "mxfp8" else 16
+    tensor, expert = "tensor_model_parallel_size", "expert_tensor_parallel_size"
+    heads, groups, channels = (shape[name] for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
+    ranks = model.tensor_model_parallel_size
+    widths = [
+        ("hidden states", shape["hidden_size"], tensor, 1),
+        ("outputs of attention", heads * channels, tensor, ranks),
+        ("queries, keys and values", (heads + 2 * max(groups, ranks)) * channels, tensor, ranks),
+        ("units of an expert", shape["moe_ffn_hidden_size"], expert, model.expert_tensor_parallel_size),
+    ]
+    for noun, width, name, parts in widths:
+        if width % parts == 0 and width // parts % multiple:
+            yield Problem(
+                ("model.fp8", "model.fp8_recipe", f"model.{name}"),
+                f"{noun} are {width // parts} wide on a rank, and {model.fp8_recipe} takes multiples of {multiple}",
+                f"lower {name}, or do without FP8" if parts > 1 else "do without FP8",
+            )
 
 
 def _judged_together(config: Config, hf_config: dict[str, Any] | None, shape: Mapping[str, Any]) -> Iterator[Problem]:

@@ -74,6 +74,7 @@ OVERLAP_P2P, BATCH_P2P = "model.overrides.overlap_p2p_comm", "model.overrides.ba
 CONTEXT = {"model__context_parallel_size": 2}
 CP_COMM = "model.overrides.cp_comm_type"
 A2A = {"cp_comm_type": ["p2p", "a2a"]}
+FOR_32_RANKS = {"model__expert_tensor_parallel_size": 32}
 GROUP_KEY = f"model.overrides.{GROUP}"
 OFFLOAD = {"optimizer__optimizer_cpu_offload": True, "optimizer__use_precision_aware_optimizer": True}
 FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
@@ -206,6 +207,12 @@ FP8_BLOCKS = {"model__fp8": "hybrid", "model__fp8_recipe": "blockwise"}
         ),
         ({"model__fp8": "hybrid"}, 1, "model.fp8_recipe", "use tensorwise"),
         ({"model__fp8_recipe": "blockwise"}, 1, "model.fp8_recipe", "no effect without model.fp8"),
+        (
+            FP8 | FOR_32_RANKS,
+            32,
+            "model.fp8",
+            "units of an expert are 24 wide on a rank, and tensorwise takes multiples of 16",
+        ),
         (FP8 | {"model__bf16": False}, 1, "model.fp8", "set model.bf16=true"),
         (FP8 | {"model__overrides": {"fp8_param": True}}, 1, "model.overrides.fp8_param", "stay in bf16"),
         (
@@ -298,6 +305,22 @@ def test_tensor_parallel_size_divides_heads_and_vocabulary() -> None:
     assert len(found) == 3
     for noun, line in zip(("32 attention heads", "151936 tokens", "4 key-value heads"), found, strict=True):
         assert line.startswith("model.tensor_model_parallel_size: 3") and noun in line
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "noun"),
+    [
+        ("tensorwise", {"hidden_size": 2040}, "hidden states are 2040"),
+        ("blockwise", {"head_dim": 2, "num_attention_heads": 36}, "outputs of attention are 72"),
+        ("tensorwise", {"head_dim": 4, "num_attention_heads": 32, "num_key_value_heads": 1}, "values are 136"),
+        ("mxfp8", {"moe_intermediate_size": 784}, "mxfp8 takes multiples of 32"),
+    ],
+)
+def test_fp8_asks_for_widths(recipe: str, change: dict[str, Any], noun: str) -> None:
+    config = make(model__fp8="hybrid", model__fp8_recipe=recipe)
+    found = find_problems(config, world_size=1, hf_config=SHAPE | change)
+    assert noun in str(found[0]) and {problem.keys[0] for problem in found} == {"model.fp8"}
+    assert not find_problems(make(), world_size=1, hf_config=SHAPE | change)
 
 
 def test_full_recompute_names_what_it_lacks() -> None:
