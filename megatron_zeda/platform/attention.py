@@ -31,8 +31,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_zeda.platform.zigzag import check_boundaries, thd_partition_indices
 
-__all__ = ["LocalDotProductAttention", "LocalMLASelfAttention", "local_core_attention", "thd_partition_indices"]
-
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -43,7 +41,7 @@ class LocalDotProductAttention(MegatronModule):
 
     Context parallelism gathers keys and values over its group (their gradients are reduce-scattered), whatever
     ``cp_comm_type`` says: the other ways differ in what they overlap, not in what comes out. Tokens are in the order
-    of :func:`thd_partition_indices`.
+    of :func:`~megatron_zeda.platform.zigzag.thd_partition_indices`.
     """
 
     def __init__(

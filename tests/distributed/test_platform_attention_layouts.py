@@ -38,7 +38,8 @@ def _core_attention_difference(heads: str, packed: bool) -> float:
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import AttnMaskType
 
-    from megatron_zeda.platform.attention import LocalDotProductAttention, thd_partition_indices
+    from megatron_zeda.platform.attention import LocalDotProductAttention
+    from megatron_zeda.platform.zigzag import thd_partition_indices
 
     n, g, d, v = HEADS[heads]
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
@@ -84,7 +85,7 @@ def _model_differences(sizes: dict[str, int], latent: bool, packed: bool, folder
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
-    from megatron_zeda.platform.attention import thd_partition_indices
+    from megatron_zeda.platform.zigzag import thd_partition_indices
 
     initialize_megatron()
     model = build_model(attention_config(latent))

@@ -25,9 +25,8 @@ from megatron_zeda.platform.attention import (
     LocalDotProductAttention,
     LocalMLASelfAttention,
     local_core_attention,
-    thd_partition_indices,
 )
-from megatron_zeda.platform.zigzag import check_boundaries
+from megatron_zeda.platform.zigzag import check_boundaries, thd_partition_indices
 from megatron_zeda.zero_experts import get_zero_expert_block_spec, get_zero_expert_layer_spec
 
 pytestmark = pytest.mark.usefixtures("megatron")
