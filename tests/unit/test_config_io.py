@@ -84,7 +84,7 @@ class TestValues:
             ("dataset.train=one.jsonl", ["one.jsonl"]),
             ("logger.run_dir=/a=b,c (1)/[x", "/a=b,c (1)/[x"),
             ("logger.run_dir='*/x'", "*/x"),
-            ("model.overrides={moe_router_force_biased: 1.0}", {"moe_router_force_biased": 1.0}),
+            ("model.overrides={moe_z_loss_coeff: 1.0}", {"moe_z_loss_coeff": 1.0}),
             ("model.overrides.moe_per_layer_logging=true", {"moe_per_layer_logging": True}),
         ],
     )
@@ -110,7 +110,7 @@ class TestValues:
         assert load_config(write(tmp_path, MINIMAL + "optimizer:\n")).optimizer == Config().optimizer
 
     def test_yaml_round_trip(self, minimal: Path, tmp_path: Path) -> None:
-        overrides = ["zero_experts.logit_bias=-.inf", "model.overrides={a_b: [1, x]}", "logger.run_dir='1e-5'"]
+        overrides = ["zero_experts.logit_bias=-.inf", "model.overrides={offload_modules: [core_attn, "1"]}", "logger.run_dir='1e-5'"]
         config = load_config(minimal, overrides)
         again = load_config(write(tmp_path, to_yaml(config), "again.yaml"))
         assert again == config
