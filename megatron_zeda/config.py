@@ -6,7 +6,7 @@ these defaults by :mod:`.config_io`; the rules that involve more than one settin
 Relative paths are relative to the current directory.
 
 A setting is listed here only if some part of the program consumes it, or if
-:data:`.config_rules.NOT_IN_THIS_VERSION` refuses every value but its default.
+:data:`.config_refusals.NOT_IN_THIS_VERSION` refuses every value but its default.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class ModelSettings(Section):
     seq_length: Count = 4096
     """Tokens of one sequence, prompt and response together."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather", "flex"] = "alltoall"
-    moe_permute_fusion: bool = False
+    moe_permute_fusion: bool | None = None
+    """Transformer Engine's kernels sort tokens by expert. null: where it is there, as for ``moe_grouped_gemm``."""
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None

@@ -60,7 +60,7 @@ def _portable(config: Config) -> Config:
     left_out = set(forced)
     if not platform.have_transformer_engine():
         own |= {"fp8": None, "fp8_recipe": None}
-        if model.recompute_modules is not None and model.overrides.get("moe_grouped_gemm"):
+        if model.recompute_modules is not None and model.overrides.get("moe_grouped_gemm", True):
             own["recompute_modules"] = [name for name in model.recompute_modules if name != "moe_act"]
         left_out |= _NEED_TRANSFORMER_ENGINE
     overrides = {name: value for name, value in model.overrides.items() if name not in left_out}
@@ -76,7 +76,8 @@ def unavailable_here(config: Config) -> list[str]:
             (f"model.{name}", getattr(model, name, value)),
             (f"model.overrides.{name}", model.overrides.get(name, value)),
         ):
-            if wanted != value:
+            turned_off = wanted is False and name.endswith("_fusion")
+            if wanted not in (None, value) and not turned_off:
                 lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
     if model.fp8 is not None and not platform.have_transformer_engine():
         lines.append(f"model.fp8: {json.dumps(model.fp8)} needs Transformer Engine and a GPU")

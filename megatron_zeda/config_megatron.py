@@ -28,7 +28,10 @@ def transformer_settings(config: Config, hf_config: dict[str, Any] | None) -> di
     """
     import torch
 
+    from megatron_zeda import platform
+
     model = config.model
+    fused = platform.have_transformer_engine()
     dtype = torch.bfloat16 if model.bf16 else torch.float32
     values: dict[str, Any] = {
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
@@ -39,6 +42,8 @@ def transformer_settings(config: Config, hf_config: dict[str, Any] | None) -> di
         "expert_tensor_parallel_size": model.expert_tensor_parallel_size,
         "sequence_parallel": model.sequence_parallel,
         "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_permute_fusion": fused if model.moe_permute_fusion is None else model.moe_permute_fusion,
+        "moe_grouped_gemm": fused,
         "moe_router_dtype": model.moe_router_dtype,
         "bf16": model.bf16,
         "params_dtype": dtype,
@@ -52,8 +57,6 @@ def transformer_settings(config: Config, hf_config: dict[str, Any] | None) -> di
             values[f"recompute_{name}"] = value
     if model.virtual_pipeline_model_parallel_size is not None:
         values |= VIRTUAL_PIPELINE
-    if model.moe_permute_fusion:
-        values["moe_permute_fusion"] = True
     if model.fp8 is not None:
         values |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
     if hf_config is not None:

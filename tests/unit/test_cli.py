@@ -200,7 +200,8 @@ class TestCheck:
         notes = "\n".join(json.loads(capsys.readouterr().out)["notes"])
         for key in ("recompute_modules: moe_act", "overrides.fp8_output_proj", "overrides.symmetric_ar_type"):
             assert f"model.{key}" in notes
-        # What is wrong on every machine stays wrong.
+        # Where Transformer Engine is, the grouped GEMM is on without being asked for. What is wrong on every machine
+        # stays wrong.
         assert cli.main([*arguments, "model.overrides.moe_grouped_gemm=false"]) == 2
         assert "moe_grouped_gemm" in capsys.readouterr().err
 

@@ -52,6 +52,22 @@ def test_fp8_is_passed_on_and_parameters_stay_bf16() -> None:
     assert "fp8" not in transformer_settings(make(), dict(SHAPE))
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_fused_kernels_are_used_where_they_are(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "have_transformer_engine", lambda: there)
+
+    def found(**model: Any) -> tuple[bool, bool]:
+        settings = transformer_settings(make(**model), dict(SHAPE))
+        return settings["moe_permute_fusion"], settings["moe_grouped_gemm"]
+
+    assert found() == (there, there)
+    off = {"moe_permute_fusion": False, "overrides": {"moe_grouped_gemm": False}}
+    assert found(**off) == (False, False) and found(moe_permute_fusion=True) == (True, there)
+    # To turn a kernel off needs nothing.
+    monkeypatch.setattr(platform, "transformer_config_overrides", lambda: {"gradient_accumulation_fusion": True})
+    assert unavailable_here(make(overrides={"gradient_accumulation_fusion": False})) == []
+
+
 @pytest.mark.parametrize(
     ("model", "multiple"),
     [
