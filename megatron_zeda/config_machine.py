@@ -6,7 +6,6 @@ of ``zeda check`` and an error of ``zeda train``.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,19 @@ from megatron_zeda.config_io import ConfigErrors
 from megatron_zeda.config_megatron import transformer_config
 from megatron_zeda.errors import InputError
 
-# The library behind each of the flex dispatcher's backends, and what it is called.
+# The library behind each of the flex dispatcher's backends: whether Megatron-Core could import it (a name in its
+# transformer.moe.fused_a2a), and what it is called.
 _DISPATCH_LIBRARIES = {
-    "deepep": ("deep_ep", "DeepEP"),
-    "hybridep": ("deep_ep", "DeepEP's HybridEP"),
-    "ncclep": ("transformer_engine", "Transformer Engine's NCCL-EP"),
+    "deepep": ("HAVE_DEEP_EP", "DeepEP"),
+    "hybridep": ("HAVE_HYBRIDEP", "DeepEP's HybridEP"),
+    "ncclep": ("HAVE_TE_EP", "Transformer Engine's NCCL-EP"),
+}
+
+# Transformer Engine's function that says whether this GPU has what a recipe needs.
+_RECIPE_CHECKS = {
+    "tensorwise": "is_fp8_available",
+    "blockwise": "is_fp8_block_scaling_available",
+    "mxfp8": "is_mxfp8_available",
 }
 
 # Recomputed in a way that asks Transformer Engine for the state of FP8, used or not.
@@ -100,9 +107,12 @@ def _no_dispatcher(config: Config) -> list[str]:
     if config.model.moe_token_dispatcher_type != "flex":
         return []
     backend = config.model.overrides.get("moe_flex_dispatcher_backend", "deepep")
-    module, library = _DISPATCH_LIBRARIES.get(backend, ("", str(backend)))
-    if platform.device().type == "cuda" and module and importlib.util.find_spec(module) is not None:
-        return []
+    flag, library = _DISPATCH_LIBRARIES.get(backend, ("", str(backend)))
+    if platform.device().type == "cuda":
+        from megatron.core.transformer.moe import fused_a2a
+
+        if getattr(fused_a2a, flag, False):
+            return []
     return [
         f'model.moe_token_dispatcher_type: "flex" with backend {backend} needs {library} and a GPU, which this machine '
         "does not have; alltoall needs neither"
@@ -116,13 +126,12 @@ def _no_fp8(config: Config) -> list[str]:
     import torch  # noqa: F401  # before Transformer Engine, whose libraries need it
     from transformer_engine import pytorch as te
 
-    available = {
-        "tensorwise": te.is_fp8_available,
-        "blockwise": te.is_fp8_block_scaling_available,
-        "mxfp8": te.is_mxfp8_available,
-    }[config.model.fp8_recipe or "tensorwise"]
+    recipe = config.model.fp8_recipe or "tensorwise"
+    available = getattr(te, _RECIPE_CHECKS.get(recipe, ""), None)
+    if available is None:
+        return [f"model.fp8_recipe: {recipe} is not in this Transformer Engine"]
     supported, reason = available(return_reason=True)
-    return [] if supported else [f"model.fp8_recipe: {config.model.fp8_recipe} cannot be used on this GPU: {reason}"]
+    return [] if supported else [f"model.fp8_recipe: {recipe} cannot be used on this GPU: {reason}"]
 
 
 def _no_attention(config: Config) -> list[str]:

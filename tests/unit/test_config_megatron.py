@@ -166,6 +166,36 @@ def test_sequences_are_shared_in_bf16_where_transformer_engine_attends(
     assert not unavailable_here(make(bf16=False)) and not unavailable_here(make(context_parallel_size=2))
 
 
+@pytest.mark.parametrize("recipe", ["blockwise", "delayed"])
+def test_a_recipe_that_transformer_engine_does_not_have(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = SimpleNamespace(is_fp8_available=lambda return_reason: (True, ""))
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace(pytorch=older))
+    monkeypatch.setattr(platform, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(platform, "transformer_config_overrides", dict)
+    [line] = unavailable_here(make(fp8="hybrid", fp8_recipe=recipe))
+    assert line == f"model.fp8_recipe: {recipe} is not in this Transformer Engine"
+
+
+@pytest.mark.parametrize(
+    ("backend", "flag"), [("deepep", "HAVE_DEEP_EP"), ("hybridep", "HAVE_HYBRIDEP"), ("ncclep", "HAVE_TE_EP")]
+)
+def test_dispatchers_are_there_when_megatron_core_could_import_them(
+    backend: str, flag: str, monkeypatch: pytest.MonkeyPatch, megatron: None
+) -> None:
+    """An installed package is not enough: DeepEP without HybridEP, Transformer Engine without NCCL-EP."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    monkeypatch.setattr(platform, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(platform, "transformer_config_overrides", dict)
+    config = make(moe_token_dispatcher_type="flex", overrides={"moe_flex_dispatcher_backend": backend})
+    for name in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
+        monkeypatch.setattr(fused_a2a, name, name != flag)
+    [line] = unavailable_here(config)
+    assert line.startswith(f'model.moe_token_dispatcher_type: "flex" with backend {backend}')
+    monkeypatch.setattr(fused_a2a, flag, True)
+    assert unavailable_here(config) == []
+
+
 def test_a_library_that_is_not_there_is_an_error_of_the_settings(
     monkeypatch: pytest.MonkeyPatch, megatron: None
 ) -> None:
