@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import moe_kernels
 import numpy as np
 import torch
 from layers import E, F, K, Z, layer_config
@@ -86,6 +87,8 @@ class Layout:
     ddp: dict[str, Any] = field(default_factory=dict)
     packed: bool = False
     """The samples of a rank's micro-batch as one pack."""
+    stand_ins: bool = False
+    """With tests/moe_kernels.py in the place of GPU kernels."""
     world_size: int = 8
 
 
@@ -366,6 +369,8 @@ def run_layout(rank: int, world_size: int, layout: Layout) -> Outcome:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     initialize_megatron(**layout.sizes)
+    if layout.stand_ins:
+        moe_kernels.install()
     scenario = SCENARIOS[layout.scenario]
     config = model_config(scenario, layout.sizes, layout.config)
     chunks = build_chunks(config, scenario)

@@ -43,6 +43,7 @@ def _selective(*modules: str) -> dict[str, Any]:
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 FIRST_LAYER = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+DEEPEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 SHARDED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "bucket_size": 5000}
 
@@ -61,6 +62,9 @@ LAYOUTS = {
     "PP2 EP2, virtual stages": Layout(_sizes(pp=2, vpp=2, ep=2), "mean loss", world_size=4),
     "TP2 PP2 EP2, virtual stages, recompute moe, overlap": Layout(
         _sizes(tp=2, pp=2, vpp=2, ep=2), "sigmoid", _selective("moe", "core_attn"), OVERLAPPED
+    ),
+    "PP2 EP2, DeepEP, recompute moe": Layout(
+        _sizes(pp=2, ep=2), config={**DEEPEP, **_selective("moe")}, stand_ins=True, world_size=4
     ),
     "CP2 EP2": Layout(_sizes(cp=2, ep=2), world_size=4),
     "CP2 EP4, distributed optimizer": Layout(_sizes(cp=2, ep=4), "mean loss", ddp=SHARDED),
@@ -81,6 +85,9 @@ LAYOUTS = {
     ),
     "edges, EP8, overlap": Layout(_sizes(ep=8), "edges", ddp=OVERLAPPED),
     "edges, EP4, allgather": Layout(_sizes(ep=4), "edges", ALLGATHER, world_size=4),
+    "edges, EP4, permute fusion": Layout(
+        _sizes(ep=4), "edges", {"moe_permute_fusion": True}, stand_ins=True, world_size=4
+    ),
     "edges, TP2 CP2 EP4, recompute moe": Layout(_sizes(tp=2, cp=2, ep=4, etp=1), "edges", _selective("moe")),
     "edges, PP2 EP2, expert TP 2, packed": Layout(_sizes(pp=2, ep=2, etp=2), "edges", packed=True),
     "nothing skips, TP2 EP4": Layout(_sizes(tp=2, ep=4), "nothing skips"),
