@@ -26,6 +26,13 @@ exists and `model.overrides.<field>` otherwise. Without zero experts none of the
 last table names is one for a Megatron-Core job of your own.
 """
 
+RULES = """\
+## What must fit together
+
+Settings of the trainer. Rules about the number of processes or the model are checked as soon as these are known.
+What a machine lacks is a note of `zeda check` and an error of `zeda train`.
+"""
+
 TRAINER = """\
 ## By the trainer
 
@@ -55,28 +62,31 @@ def _value(value: Any) -> str:
 
 def render() -> str:
     """The whole page."""
-    from megatron_zeda import config_rules
+    from megatron_zeda import config_refusals
     from megatron_zeda.zero_experts.config import REFUSALS
 
     zero_experts = [(f"`{r.setting}`", r.reason, r.alternative) for r in REFUSALS]
+    rules = [(", ".join(f"`{key}`" for key in r.settings), r.rule, r.fix) for r in config_refusals.RULES.values()]
     trainer = [
         (f"`{r.key}`", ", ".join(map(_value, r.accepted)) or "the default", r.reason, r.fix)
-        for r in config_rules.NOT_IN_THIS_VERSION
+        for r in config_refusals.NOT_IN_THIS_VERSION
     ]
-    unserved = [(f"`{name}`", reason, "remove it") for name, reason in config_rules.OVERRIDE_REFUSALS.items()]
+    unserved = [(f"`{name}`", reason, "remove it") for name, reason in config_refusals.OVERRIDE_REFUSALS.items()]
     owned = [
         (f"`{name}`", f"decided by `{owner}`" if owner else "decided by the trainer", f"set `{owner}`" if owner else "")
-        for name, owner in config_rules.OVERRIDE_OWNERS.items()
+        for name, owner in config_refusals.OVERRIDE_OWNERS.items()
     ]
     decided = [
         (f"`{name}`", "decided by the checkpoint; the export would not have it", "convert a checkpoint that has it")
-        for name in sorted(config_rules.MODEL_DEFAULTS)
+        for name in sorted(config_refusals.MODEL_DEFAULTS)
     ]
     return "\n".join(
         [
             INTRODUCTION,
             ZERO_EXPERTS,
             _table(["setting", "reason", "instead"], zero_experts),
+            RULES,
+            _table(["setting", "rule", "otherwise"], rules),
             TRAINER,
             _table(["setting", "served", "reason", "instead"], trainer),
             OVERRIDES,

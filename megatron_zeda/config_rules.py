@@ -1,6 +1,7 @@
 """The rules a configuration must keep: what this version does not do, and what must fit together.
 
-Every rule is a function that yields :class:`Problem` objects; nothing stops at the first one. The world size and
+Every function yields the :class:`Problem` objects of some rules, which :data:`.config_refusals.RULES` lists for the
+documentation; nothing stops at the first one. The world size and
 the model's ``config.json`` are optional, and the rules that need them wait until they are known.
 """
 
@@ -19,6 +20,13 @@ from megatron_zeda.config_megatron import (
     unknown_overrides,
     zero_expert_refusals,
 )
+from megatron_zeda.config_refusals import (
+    MODEL_DEFAULTS,
+    NOT_IN_THIS_VERSION,
+    OVERRIDABLE,
+    OVERRIDE_OWNERS,
+    OVERRIDE_REFUSALS,
+)
 from megatron_zeda.errors import InputError
 
 
@@ -27,135 +35,19 @@ class Problem:
     """One broken rule.
 
     Attributes:
+        rule: its id in :data:`.config_refusals.RULES`.
         keys: the settings involved, the one to look at first.
         message: what is wrong, with the values, a clause without a full stop.
         fix: what to write instead.
     """
 
+    rule: str
     keys: tuple[str, ...]
     message: str
     fix: str = ""
 
     def __str__(self) -> str:
         return f"{self.keys[0]}: {self.message}" + (f"; {self.fix}" if self.fix else "")
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A setting (or a whole section) that is known but not served: only ``accepted`` values pass.
-
-    Attributes:
-        key: dotted key; of a section, every setting in it is meant.
-        reason: why, a clause without a full stop.
-        fix: what to do instead.
-        accepted: the values that pass; empty: the default only.
-    """
-
-    key: str
-    reason: str
-    fix: str = ""
-    accepted: tuple[Any, ...] = ()
-
-
-# Rows go when the code that serves the setting comes.
-NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
-    Refusal("train.stage", "stage 2 (on-policy distillation) is not in this version", "use 1"),
-    Refusal("rollout", "training does not generate responses in this version", "run `zeda rollout` before it"),
-    Refusal("distillation.forward_kl", "stage 1 trains on cross entropy alone in this version", "use 0"),
-    Refusal("distillation.reverse_kl", "stage 1 trains on cross entropy alone in this version", "use 0"),
-    Refusal("distillation.estimator", "only the full-vocabulary KL is in this version", "use full"),
-    Refusal("distillation.temperature", "the KL is measured at temperature 1 in this version", "use 1.0"),
-    Refusal("zero_experts.method", "only the ZEDA method is in this version", "use zeda"),
-    Refusal("teacher.placement", "the teacher stays on the training device in this version", "use device"),
-    Refusal("dataset.num_workers", "the training process tokenises by itself in this version", "use 0"),
-    Refusal(
-        "model.fp8_recipe",
-        "delayed scaling takes its scales from earlier passes, which checkpoints do not hold (a resumed run would be "
-        "another one) and which the teacher's and the evaluation's passes would change",
-        "use tensorwise, blockwise or mxfp8",
-        accepted=(None, "tensorwise", "blockwise", "mxfp8"),
-    ),
-    Refusal(
-        "ddp.average_in_collective",
-        "the loss is normalised by the tokens of the global batch, which Megatron-Core does not average",
-        "use false",
-    ),
-    Refusal("checkpoint.async_save", "checkpoints are written synchronously in this version", "use false"),
-    Refusal("logger.wandb_project", "Weights & Biases is not in this version", "use logger.tensorboard"),
-)
-
-# TransformerConfig fields that a setting of ours or the trainer itself decides.
-OVERRIDE_OWNERS = {
-    "num_zero_experts": "zero_experts.num_zero_experts",
-    "zero_expert_weight": "zero_experts.weight",
-    "zero_expert_balance_coeff": "zero_experts.balance_coeff",
-    "zero_expert_logit_bias": "zero_experts.logit_bias",
-    "params_dtype": "model.bf16",
-    "pipeline_dtype": "model.bf16",
-    "autocast_dtype": "model.bf16",
-    "fp16": "model.bf16",
-    "calculate_per_token_loss": "",
-    "finalize_model_grads_func": "",
-    "grad_scale_func": "",
-    "no_sync_func": "",
-    "grad_sync_func": "",
-    "param_sync_func": "",
-}
-
-_NOT_EXPORTED = "the export routes without it, and would not be the model that was trained"
-
-# TransformerConfig fields that the trainer cannot serve.
-OVERRIDE_REFUSALS = {
-    "fp8_param": "parameters and checkpoints stay in bf16: FP8 is compute only",
-    "fp8_dot_product_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
-    "fp8_multi_head_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
-    "fp4": "batches are not aligned to what FP4 GEMMs take",
-    "hierarchical_context_parallel_sizes": "the trainer creates one group for context parallelism",
-    "hybrid_context_parallel": "all packs of a step are split over the whole context-parallel group",
-    "moe_expert_capacity_factor": _NOT_EXPORTED,
-    "moe_token_drop_policy": _NOT_EXPORTED,
-    "moe_input_jitter_eps": _NOT_EXPORTED,
-    "moe_router_force_biased": _NOT_EXPORTED,
-    "moe_router_force_load_balancing": _NOT_EXPORTED,
-}
-
-# What a family sets and an override may change all the same: regularisation of the training, not part of the model.
-_OVERRIDABLE = frozenset({"attention_dropout", "hidden_dropout"})
-
-# TransformerConfig fields that no family sets, because Megatron-Core's default is the model; another value is another
-# model, which the teacher would share (so the parity gate would pass) and the export would not.
-MODEL_DEFAULTS = frozenset(
-    {
-        "activation_func_clamp_value",
-        "add_qkv_bias",
-        "apply_query_key_layer_scaling",
-        "apply_residual_connection_post_layernorm",
-        "attention_output_gate",
-        "experimental_attention_variant",
-        "glu_linear_offset",
-        "layernorm_zero_centered_gamma",
-        "linear_attention_freq",
-        "moe_apply_probs_on_input",
-        "moe_latent_size",
-        "moe_layer_freq",
-        "moe_router_enable_expert_bias",
-        "moe_router_topk_limited_devices",
-        "moe_router_topk_scaling_factor",
-        "moe_shared_expert_gate",
-        "moe_shared_expert_intermediate_size",
-        "mtp_num_layers",
-        "mtp_use_repeated_layer",
-        "multi_latent_attention",
-        "no_rope_freq",
-        "qk_l2_norm",
-        "rotary_interleaved",
-        "softmax_scale",
-        "softmax_type",
-        "use_mup",
-        "window_attn_skip_freq",
-        "window_size",
-    }
-)
 
 
 def get(config: Config, key: str) -> Any:
@@ -205,30 +97,34 @@ def _refused(config: Config) -> Iterator[Problem]:
         for key in keys:
             got = get(config, key)
             if got not in (row.accepted or (get(default, key),)):
-                yield Problem((key,), f"{got!r} is refused: {row.reason}", row.fix)
+                yield Problem("not_served", (key,), f"{got!r} is refused: {row.reason}", row.fix)
 
 
 def _required(config: Config) -> Iterator[Problem]:
     if config.model.checkpoint is None:
         yield Problem(
+            "checkpoint",
             ("model.checkpoint",),
             "the Megatron folder to start from is not given",
             "write one with checkpoint_tools/hf_to_megatron.py",
         )
     if not config.dataset.train:
-        yield Problem(("dataset.train",), "no training data is given", "name one or more jsonl files")
+        yield Problem("training_data", ("dataset.train",), "no training data is given", "name one or more jsonl files")
     if config.logger.run_dir is None:
-        yield Problem(("logger.run_dir",), "the folder of the run is not given", "name a folder of its own")
+        yield Problem("run_dir", ("logger.run_dir",), "the folder of the run is not given", "name a folder of its own")
     train = config.train
     if (train.train_iters is None) == (train.train_epochs is None):
         found = "neither is" if train.train_iters is None else "both are"
         yield Problem(
+            "run_length",
             ("train.train_iters", "train.train_epochs"),
             f"the length of the run is train_iters or train_epochs, and {found} given",
             "give exactly one",
         )
     if config.distillation.cross_entropy == 0 and config.distillation.forward_kl == 0:
-        yield Problem(("distillation.cross_entropy",), "every term of the objective has weight 0", "use 1.0")
+        yield Problem(
+            "objective", ("distillation.cross_entropy",), "every term of the objective has weight 0", "use 1.0"
+        )
 
 
 def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
@@ -236,6 +132,7 @@ def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
     tp, parallel = model.tensor_model_parallel_size, model.sequence_parallel
     if parallel != (tp > 1):
         yield Problem(
+            "sequence_parallel",
             ("model.sequence_parallel", "model.tensor_model_parallel_size"),
             f"{str(parallel).lower()} with tensor_model_parallel_size {tp}: Megatron-Core trains MoE layers "
             "with sequence parallelism exactly when that size is above 1",
@@ -249,6 +146,7 @@ def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
         reasons = [f"{key} {size}" for key, size in sizes.items() if size > 1]
         reasons += [f"fp8_recipe {model.fp8_recipe}"] if model.fp8 else []
         yield Problem(
+            "seq_length_multiple",
             tuple(f"model.{key}" for key in ("seq_length", *sizes, "fp8_recipe")),
             f"{model.seq_length} is not a multiple of {multiple}, to which micro-batches are padded"
             + (f" ({', '.join(reasons)})" if reasons else ""),
@@ -263,6 +161,7 @@ def _layout(config: Config, world_size: int | None) -> Iterator[Problem]:
             factors = " x ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
             factors += f" = {product}" if " x " in factors else ""
             yield Problem(
+                "world_size",
                 tuple(f"model.{key}" for key in sizes),
                 f"{factors} does not divide the world size {world_size}",
                 f"change the sizes, or start a multiple of {smallest_world_size(config)} processes",
@@ -282,6 +181,7 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
         if group > 1:
             factors += f" x {group}, the micro-batches that virtual pipeline stages work on in turn,"
         yield Problem(
+            "global_batch_size",
             ("train.global_batch_size", "train.micro_batch_size"),
             f"{train.global_batch_size} is not a multiple of {factors} = {step}",
             f"use {_neighbours(train.global_batch_size, step)}",
@@ -293,25 +193,28 @@ def _pipeline(config: Config) -> Iterator[Problem]:
     stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     keys = ("model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size")
     if virtual is not None and stages == 1:
-        yield Problem(keys, f"{virtual} virtual stages need pipeline_model_parallel_size above 1", "use null")
+        yield Problem(
+            "virtual_stages", keys, f"{virtual} virtual stages need pipeline_model_parallel_size above 1", "use null"
+        )
     elif virtual == 1:
-        yield Problem(keys, "one virtual stage a process is the pipeline as it is", "use null")
+        yield Problem("virtual_stages", keys, "one virtual stage a process is the pipeline as it is", "use null")
     exchange = VIRTUAL_PIPELINE | model.overrides if virtual is not None else model.overrides
     overlap, batch = (f"model.overrides.{name}" for name in VIRTUAL_PIPELINE)
     if virtual is None:
         if stages > 1 and exchange.get("overlap_p2p_comm"):
-            yield Problem((overlap, *keys), "true needs virtual pipeline stages", "remove it")
+            yield Problem("overlap_p2p", (overlap, *keys), "true needs virtual pipeline stages", "remove it")
         return
     if exchange["batch_p2p_comm"]:
         if stages == 2:
             reason = "virtual pipeline stages of two processes would receive each other's messages in the wrong order"
-            yield Problem((batch, *keys), reason, "remove it")
+            yield Problem("batch_p2p", (batch, *keys), reason, "remove it")
         elif exchange["overlap_p2p_comm"]:
             reason = f"true needs {overlap}=false: Megatron-Core cannot overlap batches of messages with computation"
-            yield Problem((batch, overlap, *keys), reason, "remove it")
+            yield Problem("batch_p2p", (batch, overlap, *keys), reason, "remove it")
     group = model.overrides.get("microbatch_group_size_per_vp_stage")
     if group is not None and not (type(group) is int and group >= stages):
         yield Problem(
+            "micro_batch_group",
             ("model.overrides.microbatch_group_size_per_vp_stage", keys[1]),
             f"{group!r}, but virtual stages work on pipeline_model_parallel_size {stages} or more batches in turn",
             "raise it, or remove it",
@@ -323,6 +226,7 @@ def _context(config: Config) -> Iterator[Problem]:
     unserved = [kind for kind in _context_exchanges(config) if kind not in served]
     if unserved:
         yield Problem(
+            "cp_comm_type",
             ("model.overrides.cp_comm_type", "model.context_parallel_size"),
             f"{unserved[0]!r} is not served: the trainer creates one group for context parallelism",
             f"use {', '.join(served[:-1])} or {served[-1]}",
@@ -343,17 +247,22 @@ def _precision(config: Config) -> Iterator[Problem]:
     if model.fp8 is None:
         if model.fp8_recipe is not None:
             yield Problem(
-                keys, f"{model.fp8_recipe} has no effect without model.fp8", "set model.fp8=hybrid, or use null"
+                "fp8_recipe",
+                keys,
+                f"{model.fp8_recipe} has no effect without model.fp8",
+                "set model.fp8=hybrid, or use null",
             )
         return
     if model.fp8_recipe is None:
         yield Problem(
+            "fp8_recipe",
             keys,
             f"not given, and model.fp8 is {model.fp8}",
             "use tensorwise (from Hopper on), blockwise (Hopper) or mxfp8 (Blackwell)",
         )
     if not model.bf16:
         yield Problem(
+            "fp8_bf16",
             ("model.fp8", "model.bf16"),
             f"{model.fp8} with bf16 false: the check that the student starts as its teacher holds fp32 models to 1e-5",
             "set model.bf16=true",
@@ -367,18 +276,21 @@ def _recompute(config: Config) -> Iterator[Problem]:
         value = getattr(model, name)
         if value is not None and granularity != wanted:
             yield Problem(
+                "recompute_full",
                 (f"model.{name}", "model.recompute_granularity"),
                 f"{value!r} has no effect unless recompute_granularity is {wanted}",
                 "remove it, or set recompute_granularity",
             )
         if value is None and granularity == wanted:
             yield Problem(
+                "recompute_full",
                 (f"model.{name}", "model.recompute_granularity"),
                 f"not given, and recompute_granularity is {wanted}",
                 "use uniform" if name == "recompute_method" else "use 1",
             )
     if model.recompute_modules is not None and granularity != "selective":
         yield Problem(
+            "recompute_modules",
             ("model.recompute_modules", "model.recompute_granularity"),
             f"{model.recompute_modules} has no effect unless recompute_granularity is selective",
             "remove it, or set recompute_granularity",
@@ -389,6 +301,7 @@ def _optimizer(config: Config) -> Iterator[Problem]:
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
         yield Problem(
+            "min_lr",
             ("optimizer.min_lr", "optimizer.lr"),
             f"{optimizer.min_lr:g} is above lr {optimizer.lr:g}",
             "lower it",
@@ -402,7 +315,9 @@ def _optimizer(config: Config) -> Iterator[Problem]:
     ]
     for key, needed in needs:
         if get(config, key) and not get(config, needed):
-            yield Problem((key, needed), f"true needs {needed}, which is false", f"set {needed}=true")
+            yield Problem(
+                "optimizer_needs", (key, needed), f"true needs {needed}, which is false", f"set {needed}=true"
+            )
     for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         if getattr(optimizer, name) == "fp32":
             continue
@@ -412,23 +327,30 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             "optimizer.optimizer_cpu_offload",
         )
         if not optimizer.use_precision_aware_optimizer:
-            yield Problem(keys, "bf16 needs optimizer.use_precision_aware_optimizer", "use fp32, or turn that on")
+            yield Problem(
+                "adam_dtypes", keys, "bf16 needs optimizer.use_precision_aware_optimizer", "use fp32, or turn that on"
+            )
         elif optimizer.optimizer_cpu_offload:
-            yield Problem(keys, "bf16 has no effect on offloaded Adam states, which are fp32", "use fp32")
+            yield Problem(
+                "adam_dtypes", keys, "bf16 has no effect on offloaded Adam states, which are fp32", "use fp32"
+            )
     if optimizer.optimizer_cpu_offload and not config.model.bf16:
         yield Problem(
+            "offload_bf16",
             ("optimizer.optimizer_cpu_offload", "model.bf16"),
             "true with bf16 false: Megatron-Core cannot load such Adam states of fp32 parameters again",
             "set model.bf16=true, or turn it off",
         )
     if optimizer.optimizer_cpu_offload and optimizer.optimizer_offload_fraction == 0.0:
         yield Problem(
+            "offload_fraction",
             ("optimizer.optimizer_offload_fraction", "optimizer.optimizer_cpu_offload"),
             "0 offloads nothing, and no count of steps is saved then",
             "set optimizer.optimizer_cpu_offload=false",
         )
     if optimizer.optimizer_offload_fraction != 1.0 and not optimizer.optimizer_cpu_offload:
         yield Problem(
+            "offload_fraction",
             ("optimizer.optimizer_offload_fraction", "optimizer.optimizer_cpu_offload"),
             f"{optimizer.optimizer_offload_fraction:g} has no effect without optimizer.optimizer_cpu_offload",
             "remove it, or turn that on",
@@ -441,6 +363,7 @@ def _schedule(config: Config) -> Iterator[Problem]:
     warmup = scheduler.lr_warmup_iters
     if decay is not None and warmup is not None and warmup >= decay:
         yield Problem(
+            "warmup",
             ("scheduler.lr_warmup_iters", "scheduler.lr_decay_iters", "train.train_iters"),
             f"{warmup} steps of warm-up do not end before step {decay}, where the decay ends",
             "lower it",
@@ -452,12 +375,17 @@ def _overrides(config: Config) -> Iterator[Problem]:
     for name, value in config.model.overrides.items():
         key = f"model.overrides.{name}"
         if name in own:
-            yield Problem((key,), "has a setting of its own", f"set model.{name}")
+            yield Problem("override_own", (key,), "has a setting of its own", f"set model.{name}")
         elif name in OVERRIDE_OWNERS:
             owner = OVERRIDE_OWNERS[name]
-            yield Problem((key,), "is decided by " + (owner or "the trainer"), f"set {owner}" if owner else "remove it")
+            yield Problem(
+                "override_owned",
+                (key,),
+                "is decided by " + (owner or "the trainer"),
+                f"set {owner}" if owner else "remove it",
+            )
         elif name in OVERRIDE_REFUSALS and value is not None and value is not False:
-            yield Problem((key,), OVERRIDE_REFUSALS[name], "remove it")
+            yield Problem("override_refused", (key,), OVERRIDE_REFUSALS[name], "remove it")
 
 
 def _model_overrides(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
@@ -465,8 +393,9 @@ def _model_overrides(config: Config, shape: Mapping[str, Any]) -> Iterator[Probl
     own = {f.name for f in fields(config.model)}
     for name in config.model.overrides:
         decided = name in shape or name in MODEL_DEFAULTS
-        if decided and name not in own and name not in OVERRIDE_OWNERS and name not in _OVERRIDABLE:
+        if decided and name not in own and name not in OVERRIDE_OWNERS and name not in OVERRIDABLE:
             yield Problem(
+                "override_decided",
                 (f"model.overrides.{name}",),
                 "the checkpoint decides it, and the export would not have it",
                 "remove it, or edit the checkpoint's config.json before converting",
@@ -477,6 +406,7 @@ def _zero_experts(config: Config) -> Iterator[Problem]:
     zero = config.zero_experts
     if zero.target_skip_rate is not None and zero.weight != type(zero)().weight:
         yield Problem(
+            "skip_rate_target",
             ("zero_experts.target_skip_rate", "zero_experts.weight"),
             f"{zero.target_skip_rate:g} sets the weight, and zero_experts.weight is {zero.weight:g}",
             "give one of the two",
@@ -492,7 +422,7 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
         num_zero = family.num_zero_experts(hf_config)
         shape = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
     except InputError as error:
-        yield Problem(("model.hf",), str(error))
+        yield Problem("family", ("model.hf",), str(error))
         return
     tp = model.tensor_model_parallel_size
     divisions = [
@@ -505,12 +435,13 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
         size = getattr(model, f"{kind}_parallel_size")
         if shape[name] % size:
             message = f"{size} does not divide the model's {shape[name]} {noun}"
-            yield Problem((f"model.{kind}_parallel_size",), message, "use a divisor of that number")
+            yield Problem("divisors", (f"model.{kind}_parallel_size",), message, "use a divisor of that number")
     virtual = model.virtual_pipeline_model_parallel_size
     stages = model.pipeline_model_parallel_size * (virtual or 1)
     if shape["num_layers"] % stages:
         sizes = f"{model.pipeline_model_parallel_size}" + (f" x {virtual} virtual stages" if virtual else "")
         yield Problem(
+            "layers",
             ("model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"),
             f"{sizes} does not divide the model's {shape['num_layers']} layers",
             "use a divisor of that number",
@@ -518,6 +449,7 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
     groups = shape["num_query_groups"]
     if groups % tp and tp % groups:
         yield Problem(
+            "kv_heads",
             ("model.tensor_model_parallel_size",),
             f"{tp} is neither a multiple nor a divisor of the model's {groups} key-value heads",
             "use one that is",
@@ -526,6 +458,7 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
     heads, groups = shape["num_attention_heads"] // tp, max(1, groups // tp)
     if "a2a" in _context_exchanges(config) and (heads % context or groups % context):
         yield Problem(
+            "cp_a2a",
             ("model.overrides.cp_comm_type", "model.context_parallel_size", "model.tensor_model_parallel_size"),
             f"a2a deals heads out to {context} ranks, which do not divide {heads} and {groups} key-value heads",
             "use p2p or all_gather",
@@ -534,7 +467,12 @@ def _shape(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
         yield from _fp8_shape(config, shape)
     longest = shape["max_sequence_length"]
     if model.seq_length > longest:
-        yield Problem(("model.seq_length",), f"{model.seq_length} is above the model's {longest} positions", "lower it")
+        yield Problem(
+            "positions",
+            ("model.seq_length",),
+            f"{model.seq_length} is above the model's {longest} positions",
+            "lower it",
+        )
     yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
     yield from _model_overrides(config, shape)
     yield from _judged_together(config, hf_config, shape)
@@ -556,6 +494,7 @@ def _fp8_shape(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
     for noun, width, name, parts in widths:
         if width % parts == 0 and width // parts % multiple:
             yield Problem(
+                "fp8_widths",
                 ("model.fp8", "model.fp8_recipe", f"model.{name}"),
                 f"{noun} are {width // parts} wide on a rank, and {model.fp8_recipe} takes multiples of {multiple}",
                 f"lower {name}, or do without FP8" if parts > 1 else "do without FP8",
@@ -568,23 +507,25 @@ def _judged_together(config: Config, hf_config: dict[str, Any] | None, shape: Ma
     unknown = {f"model.overrides.{name}": text for name, text in unknown_overrides(config, hf_config).items()}
     for key, text in unknown.items():
         if key not in reported:
-            yield Problem((key,), text)
+            yield Problem("override_unknown", (key,), text)
     if hf_config is None or shape["num_zero_experts"]:
         wrong = {key.removeprefix("model.overrides.") for key in reported | unknown.keys()}
         for key, text in zero_expert_refusals(config, hf_config, without=wrong):
-            yield Problem((key,), text)
+            yield Problem("zero_experts_refused", (key,), text)
 
 
 def _zero_expert_shape(config: Config, num_experts: int, num_zero: int) -> Iterator[Problem]:
     asked = config.zero_experts.num_zero_experts
     if num_zero == 0:
         yield Problem(
+            "dynamic_model",
             ("model.hf",),
             f"{config.hf_dir} is a static model without zero experts",
             "run checkpoint_tools/inject_zero_experts.py and convert its output",
         )
     elif asked is not None and asked != num_zero:
         yield Problem(
+            "num_zero_experts",
             ("zero_experts.num_zero_experts",),
             f"{asked}, but the model has {num_zero} for its {num_experts} real experts",
             f"use {num_zero} or null, or inject {asked} into the original model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_zeda import config_rules
 from megatron_zeda.config import (
     Config,
     derived,
@@ -17,7 +19,8 @@ from megatron_zeda.config import (
     smallest_world_size,
     zero_expert_weight,
 )
-from megatron_zeda.config_rules import NOT_IN_THIS_VERSION, Problem, find_problems, get
+from megatron_zeda.config_refusals import MODEL_DEFAULTS, NOT_IN_THIS_VERSION, OVERRIDABLE, OVERRIDE_REFUSALS, RULES
+from megatron_zeda.config_rules import Problem, find_problems, get
 
 SHAPE = json.loads((Path(__file__).parents[2] / "examples/qwen3_30b_a3b/config.json").read_text())
 
@@ -81,163 +84,163 @@ FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
 FP8_BLOCKS = {"model__fp8": "hybrid", "model__fp8_recipe": "blockwise"}
 
 
-@pytest.mark.parametrize(
-    ("values", "world_size", "key", "text"),
-    [
-        (
-            {**PAPER, "train__global_batch_size": 120},
-            12,
-            "model.expert_model_parallel_size",
-            "8 does not divide the world",
-        ),
-        (
-            {**PAPER, "model__expert_model_parallel_size": 2},
-            2,
-            "model.tensor_model_parallel_size",
-            "tensor_model_parallel_size 4 does not divide the world size 2; change the sizes, or start a multiple of 4",
-        ),
-        (
-            {**PAPER, "model__pipeline_model_parallel_size": 2},
-            8,
-            "model.expert_model_parallel_size",
-            "expert_model_parallel_size 8 x pipeline_model_parallel_size 2 = 16 does not divide the world size 8",
-        ),
-        (
-            {"model__expert_model_parallel_size": 3, **BATCH},
-            3,
-            "model.expert_model_parallel_size",
-            "model's 128 experts",
-        ),
-        ({"model__expert_tensor_parallel_size": 5, **BATCH}, 5, "model.expert_tensor_parallel_size", "768 units"),
-        ({"model__pipeline_model_parallel_size": 5}, 5, "model.pipeline_model_parallel_size", "model's 48 layers"),
-        ({"train__global_batch_size": 130}, 4, "train.global_batch_size", "use 128 or 132"),
-        ({"train__global_batch_size": 3}, 4, "train.global_batch_size", "use 4"),
-        ({"model__seq_length": 50000}, 1, "model.seq_length", "above the model's 40960 positions"),
-        ({"model__sequence_parallel": True}, 1, "model.sequence_parallel", "use false"),
-        ({"model__tensor_model_parallel_size": 2}, 2, "model.sequence_parallel", "use true"),
-        ({**PAPER, "model__seq_length": 4095}, 8, "model.seq_length", "use 4088 or 4096"),
-        ({"zero_experts__num_zero_experts": 32}, 1, "zero_experts.num_zero_experts", "but the model has 64"),
-        ({"zero_experts__target_skip_rate": 0.4, "zero_experts__weight": 3.0}, 1, "zero_experts.target_skip_rate", ""),
-        ({"train__train_epochs": 1}, 1, "train.train_iters", "both are given"),
-        ({"train__train_iters": None}, 1, "train.train_iters", "neither is given"),
-        ({"scheduler__lr_warmup_iters": 10}, 1, "scheduler.lr_warmup_iters", "before step 10"),
-        ({"optimizer__min_lr": 1.0}, 1, "optimizer.min_lr", "above lr"),
-        ({"optimizer__optimizer_cpu_offload": True}, 1, "optimizer.optimizer_cpu_offload", "precision_aware"),
-        ({"optimizer__optimizer_offload_fraction": 0.5}, 1, "optimizer.optimizer_offload_fraction", "no effect"),
-        (OFFLOAD | {"model__bf16": False}, 1, "optimizer.optimizer_cpu_offload", "set model.bf16=true"),
-        (
-            OFFLOAD | {"optimizer__optimizer_offload_fraction": 0.0},
-            1,
-            "optimizer.optimizer_offload_fraction",
-            "nothing",
-        ),
-        ({"optimizer__exp_avg_dtype": "bf16"}, 1, "optimizer.exp_avg_dtype", "needs"),
-        ({"ddp__overlap_param_gather": True}, 1, "ddp.overlap_param_gather", "ddp.overlap_grad_reduce"),
-        ({"distillation__cross_entropy": 0.0}, 1, "distillation.cross_entropy", "weight 0"),
-        ({"model__recompute_method": "uniform"}, 1, "model.recompute_method", "no effect"),
-        ({"model__recompute_modules": ["moe"]}, 1, "model.recompute_modules", "no effect"),
-        (
-            {"model__context_parallel_size": 2, "model__seq_length": 4098},
-            2,
-            "model.seq_length",
-            "4098 is not a multiple of 16, to which micro-batches are padded (context_parallel_size 2); use 4096 or",
-        ),
-        (
-            {
-                **PAPER,
-                "model__context_parallel_size": 2,
-                "model__expert_model_parallel_size": 4,
-                "model__seq_length": 24,
-            },
-            8,
-            "model.seq_length",
-            "16, to which micro-batches are padded (tensor_model_parallel_size 4, context_parallel_size 2)",
-        ),
-        ({"model__seq_length": 100}, 1, "model.seq_length", "are padded; use 96 or 104"),
-        (FP8_BLOCKS | {"model__seq_length": 64}, 1, "model.seq_length", "are padded (fp8_recipe blockwise); use 128"),
-        (FP8 | {"model__context_parallel_size": 2, "model__seq_length": 4112}, 2, "model.seq_length", "4096 or 4128"),
-        ({"model__context_parallel_size": 2}, 3, "model.tensor_model_parallel_size", "context_parallel_size 2"),
-        (
-            {"model__virtual_pipeline_model_parallel_size": 2},
-            1,
-            "model.virtual_pipeline_model_parallel_size",
-            "need pipeline_model_parallel_size above 1",
-        ),
-        (VIRTUAL | {VIRTUAL_FIELD: 1}, 2, VIRTUAL_KEY, "the pipeline as it is"),
-        (
-            VIRTUAL | {"model__virtual_pipeline_model_parallel_size": 5},
-            2,
-            "model.pipeline_model_parallel_size",
-            "2 x 5",
-        ),
-        (
-            VIRTUAL | {"train__global_batch_size": 12, "train__micro_batch_size": 4},
-            2,
-            "train.global_batch_size",
-            "x 2, the micro-batches that virtual pipeline stages work on in turn, = 8; use 8 or 16",
-        ),
-        (
-            VIRTUAL | {"model__overrides": {"batch_p2p_comm": True}},
-            2,
-            "model.overrides.batch_p2p_comm",
-            "in the wrong order",
-        ),
-        (FOUR_STAGES | {"model__overrides": {"batch_p2p_comm": True}}, 4, BATCH_P2P, "needs model.overrides.overlap"),
-        (PIPELINE | {"model__overrides": {"overlap_p2p_comm": True}}, 2, OVERLAP_P2P, "needs virtual pipeline stages"),
-        (
-            FOUR_STAGES | {"model__overrides": {GROUP: 2}},
-            4,
-            GROUP_KEY,
-            "work on pipeline_model_parallel_size 4 or more",
-        ),
-        (FOUR_STAGES | {"model__overrides": {GROUP: 4.0}}, 4, GROUP_KEY, "4.0, but"),
-        (FOUR_STAGES | {"model__overrides": {GROUP: 256}}, 4, "train.global_batch_size", "128 is not a multiple of"),
-        (CONTEXT | {"model__overrides": {"cp_comm_type": "a2a+p2p"}}, 2, CP_COMM, "'a2a+p2p' is not served"),
-        (
-            CONTEXT | {"model__overrides": {"cp_comm_type": ["p2p", "a2a+p2p"]}},
-            2,
-            CP_COMM,
-            "use p2p, all_gather or a2a",
-        ),
-        (
-            CONTEXT | {"model__context_parallel_size": 8, "model__overrides": A2A},
-            8,
-            CP_COMM,
-            "do not divide 32 and 4 key-value heads",
-        ),
-        ({"model__fp8": "hybrid"}, 1, "model.fp8_recipe", "use tensorwise"),
-        ({"model__fp8_recipe": "blockwise"}, 1, "model.fp8_recipe", "no effect without model.fp8"),
-        (
-            FP8 | FOR_32_RANKS,
-            32,
-            "model.fp8",
-            "units of an expert are 24 wide on a rank, and tensorwise takes multiples of 16",
-        ),
-        (FP8 | {"model__bf16": False}, 1, "model.fp8", "set model.bf16=true"),
-        (FP8 | {"model__overrides": {"fp8_param": True}}, 1, "model.overrides.fp8_param", "stay in bf16"),
-        (
-            {"model__overrides": {"moe_expert_capacity_factor": 0.0}},
-            1,
-            "model.overrides.moe_expert_capacity_factor",
-            "the export routes without it",
-        ),
-        (
-            {"model__overrides": {"moe_input_jitter_eps": 0.01}},
-            1,
-            "model.overrides.moe_input_jitter_eps",
-            "the export routes without it",
-        ),
-        (
-            {"model__overrides": {"moe_router_force_load_balancing": True}},
-            1,
-            "model.overrides.moe_router_force_load_balancing",
-            "the export routes without it",
-        ),
-        ({"model__overrides": {"bf16": True}}, 1, "model.overrides.bf16", "set model.bf16"),
-        ({"model__overrides": {"params_dtype": "x"}}, 1, "model.overrides.params_dtype", "set model.bf16"),
-        ({"model__overrides": {"calculate_per_token_loss": False}}, 1, "model.overrides.calculate_per_token_loss", ""),
-    ],
-)
+UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
+    (
+        {**PAPER, "train__global_batch_size": 120},
+        12,
+        "model.expert_model_parallel_size",
+        "8 does not divide the world",
+    ),
+    (
+        {**PAPER, "model__expert_model_parallel_size": 2},
+        2,
+        "model.tensor_model_parallel_size",
+        "tensor_model_parallel_size 4 does not divide the world size 2; change the sizes, or start a multiple of 4",
+    ),
+    (
+        {**PAPER, "model__pipeline_model_parallel_size": 2},
+        8,
+        "model.expert_model_parallel_size",
+        "expert_model_parallel_size 8 x pipeline_model_parallel_size 2 = 16 does not divide the world size 8",
+    ),
+    (
+        {"model__expert_model_parallel_size": 3, **BATCH},
+        3,
+        "model.expert_model_parallel_size",
+        "model's 128 experts",
+    ),
+    ({"model__expert_tensor_parallel_size": 5, **BATCH}, 5, "model.expert_tensor_parallel_size", "768 units"),
+    ({"model__pipeline_model_parallel_size": 5}, 5, "model.pipeline_model_parallel_size", "model's 48 layers"),
+    ({"train__global_batch_size": 130}, 4, "train.global_batch_size", "use 128 or 132"),
+    ({"train__global_batch_size": 3}, 4, "train.global_batch_size", "use 4"),
+    ({"model__seq_length": 50000}, 1, "model.seq_length", "above the model's 40960 positions"),
+    ({"model__sequence_parallel": True}, 1, "model.sequence_parallel", "use false"),
+    ({"model__tensor_model_parallel_size": 2}, 2, "model.sequence_parallel", "use true"),
+    ({**PAPER, "model__seq_length": 4095}, 8, "model.seq_length", "use 4088 or 4096"),
+    ({"zero_experts__num_zero_experts": 32}, 1, "zero_experts.num_zero_experts", "but the model has 64"),
+    ({"zero_experts__target_skip_rate": 0.4, "zero_experts__weight": 3.0}, 1, "zero_experts.target_skip_rate", ""),
+    ({"train__train_epochs": 1}, 1, "train.train_iters", "both are given"),
+    ({"train__train_iters": None}, 1, "train.train_iters", "neither is given"),
+    ({"scheduler__lr_warmup_iters": 10}, 1, "scheduler.lr_warmup_iters", "before step 10"),
+    ({"optimizer__min_lr": 1.0}, 1, "optimizer.min_lr", "above lr"),
+    ({"optimizer__optimizer_cpu_offload": True}, 1, "optimizer.optimizer_cpu_offload", "precision_aware"),
+    ({"optimizer__optimizer_offload_fraction": 0.5}, 1, "optimizer.optimizer_offload_fraction", "no effect"),
+    (OFFLOAD | {"model__bf16": False}, 1, "optimizer.optimizer_cpu_offload", "set model.bf16=true"),
+    (
+        OFFLOAD | {"optimizer__optimizer_offload_fraction": 0.0},
+        1,
+        "optimizer.optimizer_offload_fraction",
+        "nothing",
+    ),
+    ({"optimizer__exp_avg_dtype": "bf16"}, 1, "optimizer.exp_avg_dtype", "needs"),
+    ({"ddp__overlap_param_gather": True}, 1, "ddp.overlap_param_gather", "ddp.overlap_grad_reduce"),
+    ({"distillation__cross_entropy": 0.0}, 1, "distillation.cross_entropy", "weight 0"),
+    ({"model__recompute_method": "uniform"}, 1, "model.recompute_method", "no effect"),
+    ({"model__recompute_modules": ["moe"]}, 1, "model.recompute_modules", "no effect"),
+    (
+        {"model__context_parallel_size": 2, "model__seq_length": 4098},
+        2,
+        "model.seq_length",
+        "4098 is not a multiple of 16, to which micro-batches are padded (context_parallel_size 2); use 4096 or",
+    ),
+    (
+        {
+            **PAPER,
+            "model__context_parallel_size": 2,
+            "model__expert_model_parallel_size": 4,
+            "model__seq_length": 24,
+        },
+        8,
+        "model.seq_length",
+        "16, to which micro-batches are padded (tensor_model_parallel_size 4, context_parallel_size 2)",
+    ),
+    ({"model__seq_length": 100}, 1, "model.seq_length", "are padded; use 96 or 104"),
+    (FP8_BLOCKS | {"model__seq_length": 64}, 1, "model.seq_length", "are padded (fp8_recipe blockwise); use 128"),
+    (FP8 | {"model__context_parallel_size": 2, "model__seq_length": 4112}, 2, "model.seq_length", "4096 or 4128"),
+    ({"model__context_parallel_size": 2}, 3, "model.tensor_model_parallel_size", "context_parallel_size 2"),
+    (
+        {"model__virtual_pipeline_model_parallel_size": 2},
+        1,
+        "model.virtual_pipeline_model_parallel_size",
+        "need pipeline_model_parallel_size above 1",
+    ),
+    (VIRTUAL | {VIRTUAL_FIELD: 1}, 2, VIRTUAL_KEY, "the pipeline as it is"),
+    (
+        VIRTUAL | {"model__virtual_pipeline_model_parallel_size": 5},
+        2,
+        "model.pipeline_model_parallel_size",
+        "2 x 5",
+    ),
+    (
+        VIRTUAL | {"train__global_batch_size": 12, "train__micro_batch_size": 4},
+        2,
+        "train.global_batch_size",
+        "x 2, the micro-batches that virtual pipeline stages work on in turn, = 8; use 8 or 16",
+    ),
+    (
+        VIRTUAL | {"model__overrides": {"batch_p2p_comm": True}},
+        2,
+        "model.overrides.batch_p2p_comm",
+        "in the wrong order",
+    ),
+    (FOUR_STAGES | {"model__overrides": {"batch_p2p_comm": True}}, 4, BATCH_P2P, "needs model.overrides.overlap"),
+    (PIPELINE | {"model__overrides": {"overlap_p2p_comm": True}}, 2, OVERLAP_P2P, "needs virtual pipeline stages"),
+    (
+        FOUR_STAGES | {"model__overrides": {GROUP: 2}},
+        4,
+        GROUP_KEY,
+        "work on pipeline_model_parallel_size 4 or more",
+    ),
+    (FOUR_STAGES | {"model__overrides": {GROUP: 4.0}}, 4, GROUP_KEY, "4.0, but"),
+    (FOUR_STAGES | {"model__overrides": {GROUP: 256}}, 4, "train.global_batch_size", "128 is not a multiple of"),
+    (CONTEXT | {"model__overrides": {"cp_comm_type": "a2a+p2p"}}, 2, CP_COMM, "'a2a+p2p' is not served"),
+    (
+        CONTEXT | {"model__overrides": {"cp_comm_type": ["p2p", "a2a+p2p"]}},
+        2,
+        CP_COMM,
+        "use p2p, all_gather or a2a",
+    ),
+    (
+        CONTEXT | {"model__context_parallel_size": 8, "model__overrides": A2A},
+        8,
+        CP_COMM,
+        "do not divide 32 and 4 key-value heads",
+    ),
+    ({"model__fp8": "hybrid"}, 1, "model.fp8_recipe", "use tensorwise"),
+    ({"model__fp8_recipe": "blockwise"}, 1, "model.fp8_recipe", "no effect without model.fp8"),
+    (
+        FP8 | FOR_32_RANKS,
+        32,
+        "model.fp8",
+        "units of an expert are 24 wide on a rank, and tensorwise takes multiples of 16",
+    ),
+    (FP8 | {"model__bf16": False}, 1, "model.fp8", "set model.bf16=true"),
+    (FP8 | {"model__overrides": {"fp8_param": True}}, 1, "model.overrides.fp8_param", "stay in bf16"),
+    (
+        {"model__overrides": {"moe_expert_capacity_factor": 0.0}},
+        1,
+        "model.overrides.moe_expert_capacity_factor",
+        "the export routes without it",
+    ),
+    (
+        {"model__overrides": {"moe_input_jitter_eps": 0.01}},
+        1,
+        "model.overrides.moe_input_jitter_eps",
+        "the export routes without it",
+    ),
+    (
+        {"model__overrides": {"moe_router_force_load_balancing": True}},
+        1,
+        "model.overrides.moe_router_force_load_balancing",
+        "the export routes without it",
+    ),
+    ({"model__overrides": {"bf16": True}}, 1, "model.overrides.bf16", "set model.bf16"),
+    ({"model__overrides": {"params_dtype": "x"}}, 1, "model.overrides.params_dtype", "set model.bf16"),
+    ({"model__overrides": {"calculate_per_token_loss": False}}, 1, "model.overrides.calculate_per_token_loss", ""),
+]
+
+
+@pytest.mark.parametrize(("values", "world_size", "key", "text"), UNFIT)
 def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, text: str) -> None:
     problem = only(find_problems(make(**values), world_size=world_size, hf_config=SHAPE))
     assert problem.keys[0] == key and text in str(problem)
@@ -294,9 +297,7 @@ def test_every_default_that_is_the_model_is_a_field_of_megatron() -> None:
     """A name that Megatron-Core renames must not silently stop being refused."""
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_zeda.config_rules import _OVERRIDABLE, MODEL_DEFAULTS, OVERRIDE_REFUSALS
-
-    assert {f.name for f in fields(TransformerConfig)} >= MODEL_DEFAULTS | OVERRIDE_REFUSALS.keys() | _OVERRIDABLE
+    assert {f.name for f in fields(TransformerConfig)} >= MODEL_DEFAULTS | OVERRIDE_REFUSALS.keys() | OVERRIDABLE
 
 
 def test_tensor_parallel_size_divides_heads_and_vocabulary() -> None:
@@ -329,14 +330,50 @@ def test_full_recompute_names_what_it_lacks() -> None:
 
 
 def test_a_static_model_is_not_trained() -> None:
-    static = {key: value for key, value in SHAPE.items() if not key.startswith(("zce", "use_zce"))}
-    static["architectures"] = ["Qwen3MoeForCausalLM"]
-    assert "inject_zero_experts" in str(only(find_problems(make(), hf_config=static)))
+    assert "inject_zero_experts" in str(only(find_problems(make(), hf_config=STATIC)))
 
 
 def test_an_unknown_family_is_a_problem_of_the_model() -> None:
     problem = only(find_problems(make(model__hf="x"), hf_config={**SHAPE, "model_type": "llama"}))
     assert problem.keys == ("model.hf",)
+
+
+STATIC = {key: value for key, value in SHAPE.items() if not key.startswith(("zce", "use_zce"))}
+STATIC["architectures"] = ["Qwen3MoeForCausalLM"]
+# What breaks the rules that UNFIT keeps: the change, the world size and the model's config.json.
+ALSO_UNFIT: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
+    ({"model__checkpoint": None}, 1, SHAPE),
+    ({"dataset__train": []}, 1, SHAPE),
+    ({"logger__run_dir": None}, 1, SHAPE),
+    ({"train__stage": 2}, 1, SHAPE),
+    ({"model__tensor_model_parallel_size": 3, "model__sequence_parallel": True, "model__seq_length": 24}, 3, SHAPE),
+    ({"model__overrides": {"softmax_scale": 1.0}}, 1, SHAPE),
+    ({"model__overrides": {"no_such_field": 1}}, 1, SHAPE),
+    ({"model__overrides": {"moe_router_num_groups": 4}}, 1, SHAPE),
+    ({"model__hf": "x"}, 1, {**SHAPE, "model_type": "llama"}),
+    ({}, 1, STATIC),
+]
+
+
+def test_every_rule_is_in_the_table_and_every_row_is_a_rule() -> None:
+    """Bad configurations break all rows; each problem is reported at a setting that its row names."""
+    every = [*((values, size, SHAPE) for values, size, _, _ in UNFIT), *ALSO_UNFIT]
+    broken = [
+        p for values, size, shape in every for p in find_problems(make(**values), world_size=size, hf_config=shape)
+    ]
+    assert {problem.rule for problem in broken} == RULES.keys()
+    for problem in broken:
+        settings = RULES[problem.rule].settings
+        assert problem.keys[0] in settings or any("<" in setting for setting in settings), problem
+
+
+def test_no_problem_is_without_a_row() -> None:
+    """Read from the source, because a bad configuration for every branch is not at hand."""
+    calls = [
+        node for node in ast.walk(ast.parse(Path(config_rules.__file__).read_text())) if isinstance(node, ast.Call)
+    ]
+    rules = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "Problem"]
+    assert len(rules) > 40 and set(rules) == RULES.keys()
 
 
 @pytest.mark.parametrize("row", NOT_IN_THIS_VERSION, ids=lambda row: row.key)
