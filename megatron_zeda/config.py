@@ -363,11 +363,11 @@ def derived(config: Config, world_size: int, hf_config: Mapping[str, Any] | None
         "world_size": world_size,
         "data_parallel_size": data_parallel_size,
         "expert_data_parallel_size": world_size // expert,
-        "tokens_per_step": train.global_batch_size * model.seq_length,
     }
-    if config.dataset.packing:
+    if config.dataset.packing:  # how many packs there are depends on the conversations of the step
         facts["tokens_per_pack"] = train.micro_batch_size * model.seq_length
     else:
+        facts["tokens_per_step"] = train.global_batch_size * model.seq_length
         facts["num_micro_batches"] = train.global_batch_size // (train.micro_batch_size * data_parallel_size)
     iters = num_train_iters(config, None)
     if iters is not None:

@@ -86,7 +86,7 @@ def kernel_lines(model_config: Any) -> list[str]:
     absent = [f"{name} ({meaning})" for name, (used, meaning) in kernels.items() if not used]
     text = [f"fused kernels: {', '.join(there) or 'none'}"]
     if absent:
-        text.append(f"not there or off, which costs time and changes no result: {', '.join(absent)}")
+        text.append(f"not there or off, which costs time and changes results by rounding only: {', '.join(absent)}")
     if model_config.fp8:
         text.append(
             f"FP8: {model_config.fp8}, {model_config.fp8_recipe}: linear layers compute in it, the router in fp32; "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform as python_platform
 from collections.abc import Callable, Iterator
@@ -78,8 +79,17 @@ def pytest_sessionfinish() -> None:
         return
     path = Path(os.environ.get("ZEDA_GPU_RESULTS", "runs/gpu-checks.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": _machine(), "rehearsal": REHEARSAL, "checks": _results}, indent=2) + "\n"
-    path.write_text(text, encoding="utf-8")
+    found = _finite({"machine": _machine(), "rehearsal": REHEARSAL, "checks": _results})
+    path.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinities as strings, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _machine() -> dict[str, Any]:
