@@ -150,6 +150,13 @@ def assert_same_end(runs: Path, reference: str, name: str) -> None:
         assert other["skip_rate_per_layer"] == pytest.approx(one["skip_rate_per_layer"], abs=1e-12)
 
 
+def test_a_packed_run_goes_on_from_a_checkpoint_of_another_layout(runs: Path) -> None:
+    for start in ("one-packed", "tp2-packed"):
+        settings = {**PACKED, "checkpoint.load": str(runs / start / "checkpoints"), "train.train_iters": 8}
+        train_one(runs, f"{start}-on", settings)
+    assert_same_end(runs, "one-packed-on", "tp2-packed-on")
+
+
 def go_on_with_virtual_stages(rank: int, world_size: int, root: str) -> None:
     for start in ("one", "cp2-ep2"):
         settings = {"checkpoint.load": f"{root}/{start}/checkpoints", "train.train_iters": 8}
