@@ -66,8 +66,8 @@ def train_step(
     ce_sum, wants_stop = _sum_over_ranks(losses, stop, batch.micro_batches[0].tokens.device)
     ce = ce_sum / max(batch.loss_tokens, 1)
 
-    # The optimizer clips and updates in one call, so a gradient that is not finite has to be found before it. That costs
-    # a second copy to the main gradients, and their norm is taken twice.
+    # The optimizer clips and updates in one call, so a gradient that is not finite has to be found before it. Price:
+    # a second copy to the main gradients, whose norm is taken twice.
     broken = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     updated = not broken and math.isfinite(ce) and math.isfinite(grad_norm)
