@@ -110,7 +110,11 @@ class TestValues:
         assert load_config(write(tmp_path, MINIMAL + "optimizer:\n")).optimizer == Config().optimizer
 
     def test_yaml_round_trip(self, minimal: Path, tmp_path: Path) -> None:
-        overrides = ["zero_experts.logit_bias=-.inf", "model.overrides={offload_modules: [1, x]}", "logger.run_dir='1e-5'"]
+        overrides = [
+            "zero_experts.logit_bias=-.inf",
+            "model.overrides={offload_modules: [1, x]}",
+            "logger.run_dir='1e-5'",
+        ]
         config = load_config(minimal, overrides)
         again = load_config(write(tmp_path, to_yaml(config), "again.yaml"))
         assert again == config
