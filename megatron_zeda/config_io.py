@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_zeda.config import Config
-from megatron_zeda.config_rules import Problem, find_problems
+from megatron_zeda.config_refusals import Problem
+from megatron_zeda.config_rules import find_problems
 from megatron_zeda.errors import InputError
 
 Tree = dict[str, Any]

@@ -25,6 +25,26 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """One broken rule.
+
+    Attributes:
+        rule: its id in :data:`RULES`.
+        keys: the settings involved, the one to look at first.
+        message: what is wrong, with the values, a clause without a full stop.
+        fix: what to write instead.
+    """
+
+    rule: str
+    keys: tuple[str, ...]
+    message: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.keys[0]}: {self.message}" + (f"; {self.fix}" if self.fix else "")
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A setting (or a whole section) that is known but not served: only ``accepted`` values pass.
 

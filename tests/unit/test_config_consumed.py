@@ -13,7 +13,14 @@ from megatron_zeda.config_refusals import NOT_IN_THIS_VERSION
 
 PACKAGE = Path(megatron_zeda.__file__).parent
 # Checking, printing and describing a setting is not using it.
-NOT_CONSUMERS = {"config_io.py", "config_rules.py", "config_refusals.py", "cli.py", "banner.py"}
+NOT_CONSUMERS = {
+    "config_io.py",
+    "config_rules.py",
+    "config_model_rules.py",
+    "config_refusals.py",
+    "cli.py",
+    "banner.py",
+}
 
 SECTIONS = {section.name: [f.name for f in fields(getattr(Config(), section.name))] for section in fields(Config)}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_zeda import config_rules
+from megatron_zeda import config_model_rules, config_rules
 from megatron_zeda.config import (
     Config,
     derived,
@@ -19,8 +19,15 @@ from megatron_zeda.config import (
     smallest_world_size,
     zero_expert_weight,
 )
-from megatron_zeda.config_refusals import MODEL_DEFAULTS, NOT_IN_THIS_VERSION, OVERRIDABLE, OVERRIDE_REFUSALS, RULES
-from megatron_zeda.config_rules import Problem, find_problems, get
+from megatron_zeda.config_refusals import (
+    MODEL_DEFAULTS,
+    NOT_IN_THIS_VERSION,
+    OVERRIDABLE,
+    OVERRIDE_REFUSALS,
+    RULES,
+    Problem,
+)
+from megatron_zeda.config_rules import find_problems, get
 
 SHAPE = json.loads((Path(__file__).parents[2] / "examples/qwen3_30b_a3b/config.json").read_text())
 
@@ -369,9 +376,8 @@ def test_every_rule_is_in_the_table_and_every_row_is_a_rule() -> None:
 
 def test_no_problem_is_without_a_row() -> None:
     """Read from the source, because a bad configuration for every branch is not at hand."""
-    calls = [
-        node for node in ast.walk(ast.parse(Path(config_rules.__file__).read_text())) if isinstance(node, ast.Call)
-    ]
+    sources = [Path(module.__file__).read_text() for module in (config_rules, config_model_rules)]
+    calls = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     rules = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "Problem"]
     assert len(rules) > 40 and set(rules) == RULES.keys()
 

@@ -1,0 +1,186 @@
+"""The rules of :mod:`.config_rules` about the model: its shape, and ``model.overrides``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from megatron_zeda.config import Config
+from megatron_zeda.config_megatron import unknown_overrides, zero_expert_refusals
+from megatron_zeda.config_refusals import MODEL_DEFAULTS, OVERRIDABLE, OVERRIDE_OWNERS, OVERRIDE_REFUSALS, Problem
+from megatron_zeda.errors import InputError
+
+
+def override_problems(config: Config) -> Iterator[Problem]:
+    """Overrides that are not the user's to set."""
+    own = {f.name for f in fields(config.model)}
+    for name, value in config.model.overrides.items():
+        key = f"model.overrides.{name}"
+        if name in own:
+            yield Problem("override_own", (key,), "has a setting of its own", f"set model.{name}")
+        elif name in OVERRIDE_OWNERS:
+            owner = OVERRIDE_OWNERS[name]
+            yield Problem(
+                "override_owned",
+                (key,),
+                "is decided by " + (owner or "the trainer"),
+                f"set {owner}" if owner else "remove it",
+            )
+        elif name in OVERRIDE_REFUSALS and value is not None and value is not False:
+            yield Problem("override_refused", (key,), OVERRIDE_REFUSALS[name], "remove it")
+
+
+def model_override_problems(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
+    """Overrides of what the checkpoint decides: its teacher would get them too, its export would not."""
+    own = {f.name for f in fields(config.model)}
+    for name in config.model.overrides:
+        decided = name in shape or name in MODEL_DEFAULTS
+        if decided and name not in own and name not in OVERRIDE_OWNERS and name not in OVERRIDABLE:
+            yield Problem(
+                "override_decided",
+                (f"model.overrides.{name}",),
+                "the checkpoint decides it, and the export would not have it",
+                "remove it, or edit the checkpoint's config.json before converting",
+            )
+
+
+def context_problems(config: Config) -> Iterator[Problem]:
+    """Ways to exchange keys and values that the trainer does not serve."""
+    served = ("p2p", "all_gather", "a2a")
+    unserved = [kind for kind in _context_exchanges(config) if kind not in served]
+    if unserved:
+        yield Problem(
+            "cp_comm_type",
+            ("model.overrides.cp_comm_type", "model.context_parallel_size"),
+            f"{unserved[0]!r} is not served: the trainer creates one group for context parallelism",
+            f"use {', '.join(served[:-1])} or {served[-1]}",
+        )
+
+
+def _context_exchanges(config: Config) -> list[Any]:
+    """How the layers' attentions exchange keys and values, where they do and the configuration says how."""
+    kinds = config.model.overrides.get("cp_comm_type")
+    if kinds is None or config.model.context_parallel_size == 1:
+        return []
+    return list(kinds) if isinstance(kinds, list) else [kinds]
+
+
+def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
+    """What depends on the model's ``config.json``."""
+    from megatron_zeda.models import family_for
+
+    model = config.model
+    try:
+        family = family_for(hf_config, where=str(config.hf_dir))
+        num_zero = family.num_zero_experts(hf_config)
+        shape = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
+    except InputError as error:
+        yield Problem("family", ("model.hf",), str(error))
+        return
+    tp = model.tensor_model_parallel_size
+    divisions = [
+        ("num_moe_experts", "experts", "expert_model"),
+        ("num_attention_heads", "attention heads", "tensor_model"),
+        ("vocab_size", "tokens of the vocabulary", "tensor_model"),
+        ("moe_ffn_hidden_size", "units of an expert", "expert_tensor"),
+    ]
+    for name, noun, kind in divisions:
+        size = getattr(model, f"{kind}_parallel_size")
+        if shape[name] % size:
+            message = f"{size} does not divide the model's {shape[name]} {noun}"
+            yield Problem("divisors", (f"model.{kind}_parallel_size",), message, "use a divisor of that number")
+    virtual = model.virtual_pipeline_model_parallel_size
+    stages = model.pipeline_model_parallel_size * (virtual or 1)
+    if shape["num_layers"] % stages:
+        sizes = f"{model.pipeline_model_parallel_size}" + (f" x {virtual} virtual stages" if virtual else "")
+        yield Problem(
+            "layers",
+            ("model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"),
+            f"{sizes} does not divide the model's {shape['num_layers']} layers",
+            "use a divisor of that number",
+        )
+    groups = shape["num_query_groups"]
+    if groups % tp and tp % groups:
+        yield Problem(
+            "kv_heads",
+            ("model.tensor_model_parallel_size",),
+            f"{tp} is neither a multiple nor a divisor of the model's {groups} key-value heads",
+            "use one that is",
+        )
+    context = model.context_parallel_size
+    heads, groups = shape["num_attention_heads"] // tp, max(1, groups // tp)
+    if "a2a" in _context_exchanges(config) and (heads % context or groups % context):
+        yield Problem(
+            "cp_a2a",
+            ("model.overrides.cp_comm_type", "model.context_parallel_size", "model.tensor_model_parallel_size"),
+            f"a2a deals heads out to {context} ranks, which do not divide {heads} and {groups} key-value heads",
+            "use p2p or all_gather",
+        )
+    if model.fp8 is not None:
+        yield from _fp8_shape(config, shape)
+    longest = shape["max_sequence_length"]
+    if model.seq_length > longest:
+        yield Problem(
+            "positions",
+            ("model.seq_length",),
+            f"{model.seq_length} is above the model's {longest} positions",
+            "lower it",
+        )
+    yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
+    yield from model_override_problems(config, shape)
+    yield from joint_problems(config, hf_config, shape)
+
+
+def _fp8_shape(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
+    """Widths that FP8 GEMMs do not take, of one rank's part; Transformer Engine would end the first step."""
+    model = config.model
+    multiple = 32 if model.fp8_recipe == "mxfp8" else 16
+    tensor, expert = "tensor_model_parallel_size", "expert_tensor_parallel_size"
+    heads, groups, channels = (shape[name] for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
+    ranks = model.tensor_model_parallel_size
+    widths = [
+        ("hidden states", shape["hidden_size"], tensor, 1),
+        ("outputs of attention", heads * channels, tensor, ranks),
+        ("queries, keys and values", (heads + 2 * max(groups, ranks)) * channels, tensor, ranks),
+        ("units of an expert", shape["moe_ffn_hidden_size"], expert, model.expert_tensor_parallel_size),
+    ]
+    for noun, width, name, parts in widths:
+        if width % parts == 0 and width // parts % multiple:
+            yield Problem(
+                "fp8_widths",
+                ("model.fp8", "model.fp8_recipe", f"model.{name}"),
+                f"{noun} are {width // parts} wide on a rank, and {model.fp8_recipe} takes multiples of {multiple}",
+                f"lower {name}, or do without FP8" if parts > 1 else "do without FP8",
+            )
+
+
+def joint_problems(config: Config, hf_config: dict[str, Any] | None, shape: Mapping[str, Any]) -> Iterator[Problem]:
+    """Overrides that nobody knows, and all that zero experts refuse; without ``hf_config`` what no model could take."""
+    reported = {problem.keys[0] for problem in [*override_problems(config), *model_override_problems(config, shape)]}
+    unknown = {f"model.overrides.{name}": text for name, text in unknown_overrides(config, hf_config).items()}
+    for key, text in unknown.items():
+        if key not in reported:
+            yield Problem("override_unknown", (key,), text)
+    if hf_config is None or shape["num_zero_experts"]:
+        wrong = {key.removeprefix("model.overrides.") for key in reported | unknown.keys()}
+        for key, text in zero_expert_refusals(config, hf_config, without=wrong):
+            yield Problem("zero_experts_refused", (key,), text)
+
+
+def _zero_expert_shape(config: Config, num_experts: int, num_zero: int) -> Iterator[Problem]:
+    asked = config.zero_experts.num_zero_experts
+    if num_zero == 0:
+        yield Problem(
+            "dynamic_model",
+            ("model.hf",),
+            f"{config.hf_dir} is a static model without zero experts",
+            "run checkpoint_tools/inject_zero_experts.py and convert its output",
+        )
+    elif asked is not None and asked != num_zero:
+        yield Problem(
+            "num_zero_experts",
+            ("zero_experts.num_zero_experts",),
+            f"{asked}, but the model has {num_zero} for its {num_experts} real experts",
+            f"use {num_zero} or null, or inject {asked} into the original model",
+        )
