@@ -1,6 +1,6 @@
 """Print the installed packages that were compiled for each other, as pip constraints (Dockerfile).
 
-What PyPI calls torch or transformer-engine is another build than the base image's; replacing one of them breaks the
+What the package index calls torch or transformer-engine is another build than the base image's; replacing one of them breaks the
 others. Only the standard library is used.
 """
 
