@@ -1,7 +1,7 @@
 """Print the installed packages that were compiled for each other, as pip constraints (Dockerfile).
 
-What the package index calls torch or transformer-engine is another build than the base image's; replacing one of them breaks the
-others. Only the standard library is used.
+What the package index calls torch or transformer-engine is another build than the base image's; replacing one of them
+breaks the others. Only the standard library is used.
 """
 
 from importlib.metadata import distributions
