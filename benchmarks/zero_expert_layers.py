@@ -73,7 +73,7 @@ def layer_config(shape: str, **changes: Any) -> ZeroExpertTransformerConfig:
         "normalization": "RMSNorm",
         "bf16": True,
         "params_dtype": torch.bfloat16,
-        "perform_initialization": False,  # half a billion random numbers per layer; see draw_weights
+        "perform_initialization": False,  # dynamic_layer draws the weights, and the others share them
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         **fused_kernels(),
