@@ -159,5 +159,6 @@ def write_config(target: Path, config: dict[str, Any], family: Family) -> None:
     """Write ``config.json``, and beside a dynamic one the modelling code it refers to."""
     write_json(target / "config.json", config)
     if family.num_zero_experts(config):
-        code = importlib.resources.files("megatron_zeda.serving") / family.modeling_file
-        (target / family.modeling_file).write_bytes(code.read_bytes())
+        for name in family.modeling_files:
+            code = importlib.resources.files("megatron_zeda.serving") / name
+            (target / name).write_bytes(code.read_bytes())

@@ -29,7 +29,7 @@ ExpertLayout = Literal["per_expert", "fused"]
 """How experts lie on disk: one tensor per expert and projection, or transformers 5's stacked tensors per layer."""
 
 Grow = Callable[..., torch.Tensor]
-"""``grow(tensor, Z, seed=..., name=...)``: the rows that injection appends to a tensor."""
+"""``grow(tensor, Z, seed=..., name=...)``: the Z rows (or entries) that injection appends to a tensor along axis 0."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class Family(ABC):
     dynamic_architecture: ClassVar[str]
     num_experts_keys: ClassVar[tuple[str, ...]]
     """Configuration keys of E; the first is the one we write."""
-    modeling_file: ClassVar[str]
-    """File name in ``megatron_zeda/serving`` that is bundled with dynamic exports."""
+    modeling_files: ClassVar[tuple[str, ...]]
+    """Files in ``megatron_zeda/serving`` that are bundled with dynamic exports; the first defines the classes."""
     auto_map: ClassVar[dict[str, str]]
 
     def num_experts(self, hf_config: dict[str, Any]) -> int:
@@ -208,3 +208,11 @@ class Family(ABC):
     @abstractmethod
     def fused_tensor_names(self, hf_config: dict[str, Any]) -> frozenset[str]:
         """Tensor names that exist in the fused layout only, to recognise it."""
+
+    def carried_rows(self, hf_config: dict[str, Any], layout: ExpertLayout = "per_expert") -> list[WeightRow]:
+        """Tensors that a checkpoint of this family may have beside the model, for instance a layer that only drafts.
+
+        They travel through every conversion unchanged and are no part of the Megatron model. Each row holds one piece
+        under its own name as key. ``grow`` is set where a dynamic configuration demands wider tensors.
+        """
+        return []

@@ -151,5 +151,5 @@ def _class_and_config(folder: Path, config: HfConfig, trust_remote_code: bool) -
     hf_config = AutoConfig.for_model(**native)
     if not dynamic:
         return AutoModelForCausalLM, hf_config
-    module = importlib.import_module(f"megatron_zeda.serving.{Path(family.modeling_file).stem}")
+    module = importlib.import_module(f"megatron_zeda.serving.{Path(family.modeling_files[0]).stem}")
     return getattr(module, family.dynamic_architecture), hf_config
