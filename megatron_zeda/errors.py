@@ -55,17 +55,20 @@ class InputError(ZedaError):
 
 
 @contextmanager
-def disk_errors(where: str | Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission under ``where`` into one clear :class:`ZedaError`."""
+def disk_errors(where: str | Path, *, more: str = "") -> Iterator[None]:
+    """Turn a full disk or a missing permission under ``where`` into one clear :class:`ZedaError`.
+
+    ``more`` is added to what the message says can be done.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             problem = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-            raise ZedaError(problem, where=where, fix="free space or choose another folder") from error
+            raise ZedaError(problem, where=where, fix=f"free space or choose another folder{more}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             place = error.filename or where
-            raise ZedaError(f"no access ({error.strerror})", where=place, fix="check the permissions") from error
+            raise ZedaError(f"no access ({error.strerror})", where=place, fix=f"check the permissions{more}") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise InputError(f"not a usable path ({error.strerror})", where=where, fix="choose another path") from error
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,6 +38,7 @@ class HfFolder:
     Attributes:
         layout: how its experts lie on disk.
         rows: its weight table.
+        carried: tensors beside the model that it has, for instance a layer that only drafts; empty if it has none.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -53,6 +54,9 @@ class HfFolder:
         fused = self.family.fused_tensor_names(self.config) & self.reader.tensors.keys()
         self.layout: ExpertLayout = "fused" if fused else "per_expert"
         self.rows = self.family.weight_table(self.config, self.layout)
+        self.carried = present_carried(
+            self.family.carried_rows(self.config, self.layout), self.reader.tensors.keys(), self.path
+        )
         self._check_tensors()
 
     @property
@@ -87,8 +91,9 @@ class HfFolder:
 
     def _check_tensors(self) -> None:
         stored = self.reader.tensors
-        expected = {piece.name: piece for row in self.rows for piece in row.pieces}
-        for row in self.rows:
+        rows = self.rows + self.carried
+        expected = {piece.name: piece for piece in pieces_of(rows)}
+        for row in rows:
             for piece in row.pieces:
                 if row.grow is not None and piece.name in stored:
                     self._check_gate(piece)
@@ -133,6 +138,29 @@ class HfFolder:
                 rule=f"{real} rows by config.json",
                 fix="restore the zce_* keys of config.json, or start from the static checkpoint",
             )
+
+
+def present_carried(rows: Sequence[WeightRow], stored: Collection[str], where: Path) -> list[WeightRow]:
+    """The carried rows that a checkpoint has: none, or all but the optional ones.
+
+    Args:
+        rows: what the family may carry, see :meth:`~megatron_zeda.models.Family.carried_rows`.
+        stored: names of the tensors that are there.
+        where: the folder or file, for messages.
+
+    Raises:
+        InputError: if only a part is there.
+    """
+    present = [row for row in rows if row.pieces[0].name in stored]
+    missing = [row.pieces[0].name for row in rows if row.pieces[0].name not in stored and not row.optional]
+    if present and missing:
+        raise InputError(
+            f"{len(missing)} carried tensors are missing, the first is {min(missing)}",
+            where=where,
+            rule="the layers that are carried beside the model are there completely or not at all",
+            fix="download it again",
+        )
+    return present
 
 
 def pieces_of(rows: Iterable[WeightRow]) -> list[HfPiece]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_zeda.conversion.folders import need_space, new_folder, write_json
-from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, write_config
+from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, pieces_of, write_config
 from megatron_zeda.conversion.manifest import MANIFEST_FILE, make_manifest
 from megatron_zeda.conversion.progress import progress
 from megatron_zeda.conversion.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsWriter, total_bytes
@@ -87,7 +87,11 @@ class _Injected:
 
     def __init__(self, source: HfFolder, dynamic: dict[str, Any], seed: int) -> None:
         self.rows = source.family.weight_table(dynamic, source.layout)
-        self.grown = {piece.name: row.grow for row in source.rows for piece in row.pieces if row.grow is not None}
+        names = {piece.name for piece in pieces_of(source.carried)}
+        carried = source.family.carried_rows(dynamic, source.layout)
+        self.carried = [row for row in carried if row.pieces[0].name in names]
+        rows = source.rows + source.carried
+        self.grown = {piece.name: row.grow for row in rows for piece in row.pieces if row.grow is not None}
         self._source, self._seed = source, seed
         self._zero = source.family.num_zero_experts(dynamic)
 

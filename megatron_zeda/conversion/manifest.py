@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_zeda import __version__
+from megatron_zeda.conversion.folders import MANIFEST_FILE
 from megatron_zeda.conversion.hf_folder import HfFolder
 from megatron_zeda.models.hf_config import read_json_object
 
-MANIFEST_FILE = "zeda_manifest.json"
+__all__ = ["KEY_STYLE", "MANIFEST_FILE", "make_manifest", "read_manifest"]
+
 KEY_STYLE = "transformer_engine, stacked layers"
 
 

@@ -100,6 +100,7 @@ class MegatronFolder:
         self.manifest = read_manifest(self.path)
         self.layout: ExpertLayout = layout or self.manifest.get("expert_layout", "per_expert")
         self.rows = self.family.weight_table(self.config, self.layout)
+        self.carried: list[WeightRow] = []
         folder = iteration_dir(self.path, self.iteration)
         if not folder.is_dir():
             raise InputError("no such folder", where=folder, rule="the iteration that was asked for")

@@ -16,12 +16,18 @@ from megatron_zeda.models import HfPiece, WeightRow
 
 
 class Source(Protocol):
-    """Anything that gives Hugging Face pieces."""
+    """Anything that gives Hugging Face pieces: a checkpoint, or what an output is to hold.
+
+    Attributes:
+        rows: the weight table.
+        carried: rows of the tensors beside the model, see ``Family.carried_rows``; those that are there.
+    """
 
     rows: list[WeightRow]
+    carried: list[WeightRow]
 
     def read(self, piece: HfPiece) -> torch.Tensor:
-        """One piece."""
+        """One piece of ``rows`` or ``carried``."""
         ...
 
     def dtype(self, piece: HfPiece) -> torch.dtype:
@@ -50,8 +56,8 @@ def verify_checkpoint(a: str | Path, b: str | Path) -> list[str]:
 
 def differences(first: Source, second: Source) -> list[str]:
     """One line for every tensor that is not the same in both."""
-    left = {str(piece): piece for piece in pieces_of(first.rows)}
-    right = {str(piece): piece for piece in pieces_of(second.rows)}
+    left = {str(piece): piece for piece in pieces_of(first.rows + first.carried)}
+    right = {str(piece): piece for piece in pieces_of(second.rows + second.carried)}
     found = [f"{name}: only in the first" for name in left if name not in right]
     found += [f"{name}: only in the second" for name in right if name not in left]
     for name in progress([name for name in left if name in right], "verify"):
