@@ -88,6 +88,7 @@ class WeightRow:
         packing: how they lie in the block.
         grow: set for tensors that injection widens.
         padded: Megatron may have more rows than the model (vocabulary padding); the surplus is dropped on export.
+        optional: of carried rows: this tensor may be missing where its siblings are not.
     """
 
     key: str
@@ -97,6 +98,7 @@ class WeightRow:
     packing: Packing = Packing()
     grow: Grow | None = None
     padded: bool = False
+    optional: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -213,6 +215,7 @@ class Family(ABC):
         """Tensors that a checkpoint of this family may have beside the model, for instance a layer that only drafts.
 
         They travel through every conversion unchanged and are no part of the Megatron model. Each row holds one piece
-        under its own name as key. ``grow`` is set where a dynamic configuration demands wider tensors.
+        under its own name as key. ``grow`` is set where a dynamic configuration demands wider tensors. They are there
+        all together or not at all, except the rows marked ``optional``.
         """
         return []

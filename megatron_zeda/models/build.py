@@ -142,11 +142,16 @@ def build_gpt_model(
     platform.install()
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_zeda.zero_experts import get_zero_expert_layer_spec
+    from megatron_zeda.zero_experts import get_zero_expert_block_spec, get_zero_expert_layer_spec
 
+    if transformer_config.moe_layer_freq == 1:
+        spec = get_zero_expert_layer_spec(transformer_config)
+    else:
+        stage = None if pg_collection is None else pg_collection.pp.rank()
+        spec = get_zero_expert_block_spec(transformer_config, vp_stage=vp_stage, pp_rank=stage)
     return GPTModel(
         config=transformer_config,
-        transformer_layer_spec=get_zero_expert_layer_spec(transformer_config),
+        transformer_layer_spec=spec,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

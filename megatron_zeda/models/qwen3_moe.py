@@ -20,12 +20,7 @@ from megatron_zeda.models.hf_config import (
     where_of,
     zero_logit_bias,
 )
-
-
-def _gate_rows(gate: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
-    from megatron_zeda.zero_experts.injection import draw_zero_rows
-
-    return draw_zero_rows(gate, num_zero_experts, seed=seed, name=name)
+from megatron_zeda.models.rows import expert_rows, grow_gate
 
 
 class Qwen3Moe(Family):
@@ -143,7 +138,15 @@ class Qwen3Moe(Family):
         ]
         for layer in range(hf_config["num_hidden_layers"]):
             rows += self._layer_rows(hf_config, layer)
-            rows += self._expert_rows(hf_config, layer, layout)
+            rows += expert_rows(
+                "decoder.layers.mlp.experts.experts.",
+                f"model.layers.{layer}.mlp.experts.",
+                hf_config["moe_intermediate_size"],
+                hidden,
+                self.num_experts(hf_config),
+                layout,
+                layer=(layer, hf_config["num_hidden_layers"]),
+            )
         rows.append(WeightRow("decoder.final_layernorm.weight", (HfPiece("model.norm.weight", (hidden,)),)))
         if not _tied(hf_config):
             rows.append(WeightRow("output_layer.weight", (HfPiece("lm_head.weight", (vocab, hidden)),), padded=True))
@@ -176,28 +179,8 @@ class Qwen3Moe(Family):
             row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", dim),
             row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, heads * dim),
             row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
-            row("mlp.router.weight", "mlp.gate.weight", num_rows, hidden, grow=_gate_rows),
+            row("mlp.router.weight", "mlp.gate.weight", num_rows, hidden, grow=grow_gate),
         ]
-
-    def _expert_rows(self, hf_config: dict[str, Any], layer: int, layout: ExpertLayout) -> list[WeightRow]:
-        hidden, ffn, experts = hf_config["hidden_size"], hf_config["moe_intermediate_size"], self.num_experts(hf_config)
-        extent = (hf_config["num_hidden_layers"], experts)
-        megatron, hf = "decoder.layers.mlp.experts.experts.", f"model.layers.{layer}.mlp.experts."
-        rows = []
-        for expert in range(experts):
-            fc1: tuple[HfPiece, ...]
-            if layout == "fused":
-                fc1 = (HfPiece(hf + "gate_up_proj", (2 * ffn, hidden), expert, experts),)
-                fc2 = HfPiece(hf + "down_proj", (hidden, ffn), expert, experts)
-            else:
-                fc1 = (
-                    HfPiece(f"{hf}{expert}.gate_proj.weight", (ffn, hidden)),
-                    HfPiece(f"{hf}{expert}.up_proj.weight", (ffn, hidden)),
-                )
-                fc2 = HfPiece(f"{hf}{expert}.down_proj.weight", (hidden, ffn))
-            rows.append(WeightRow(megatron + "linear_fc1.weight", fc1, (layer, expert), extent))
-            rows.append(WeightRow(megatron + "linear_fc2.weight", (fc2,), (layer, expert), extent))
-        return rows
 
     def fused_tensor_names(self, hf_config: dict[str, Any]) -> frozenset[str]:
         """The stacked expert tensors of layer 0: enough to recognise the layout."""

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -191,7 +192,27 @@ class LocalDotProductAttention(MegatronModule):
         return {}
 
 
-class LocalMLASelfAttention(MLASelfAttention):
+class LatentNormMLASelfAttention(MLASelfAttention):
+    """Multi-latent attention whose latent norms have an epsilon of their own, ``config.latent_norm_epsilon``.
+
+    Models differ in it, and Megatron-Core gives them the epsilon of all other norms.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        epsilon = getattr(config, "latent_norm_epsilon", None)
+        if epsilon is None:
+            return
+        # Transformer Engine fuses either norm into the projection behind it, and leaves an identity in its place.
+        for name in ("q", "kv"):
+            norm, up = getattr(self, f"{name}_layernorm", None), getattr(self, f"linear_{name}_up_proj", None)
+            owner: Any = up if isinstance(norm, IdentityOp) else norm
+            if not hasattr(owner, "eps"):
+                raise RuntimeError(f"{type(owner).__name__} has no `eps`: latent_norm_epsilon cannot be applied to it")
+            owner.eps = epsilon
+
+
+class LocalMLASelfAttention(LatentNormMLASelfAttention):
     """Multi-latent attention whose gradients are right with tensor parallelism in the local spec.
 
     There the down projection of keys and values is column-parallel, and Megatron-Core 0.19 gathers its output in a way

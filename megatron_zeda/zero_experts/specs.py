@@ -17,14 +17,19 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_zeda.platform.attention import LocalMLASelfAttention, local_core_attention
+from megatron_zeda.platform.attention import LatentNormMLASelfAttention, LocalMLASelfAttention, local_core_attention
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
 from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
 from megatron_zeda.zero_experts.router import ZeroExpertRouter
 
 # What Transformer Engine's fused modules call the norms that the local spec keeps apart. A checkpoint must not depend
-# on where it was written, and upstream maps the second norm to a dense layer's name.
-_TRANSFORMER_ENGINE_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+# on where it was written, and upstream maps the norm before an MoE layer to a dense layer's name, and none of MLA's.
+_GROUPED_QUERY_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_LATENT_NAMES = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
+_DENSE_NAMES = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def get_zero_expert_layer_spec(
@@ -61,7 +66,10 @@ def get_zero_expert_layer_spec(
 
 
 def get_zero_expert_block_spec(
-    config: ZeroExpertTransformerConfig, use_transformer_engine: bool | None = None, vp_stage: int | None = None
+    config: ZeroExpertTransformerConfig,
+    use_transformer_engine: bool | None = None,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage, for models that mix dense and MoE layers.
 
@@ -69,6 +77,7 @@ def get_zero_expert_block_spec(
         config: as for :func:`get_zero_expert_layer_spec`.
         use_transformer_engine: default: as ``config.transformer_impl`` says.
         vp_stage: virtual pipeline stage.
+        pp_rank: pipeline stage; default: this rank's in Megatron-Core's own groups.
     """
     if use_transformer_engine is None:
         use_transformer_engine = config.transformer_impl == "transformer_engine"
@@ -78,6 +87,7 @@ def get_zero_expert_block_spec(
         normalization=config.normalization,
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
+        pp_rank=pp_rank,
     )
     if config.moe_layer_freq == 1:
         for spec in block.layer_specs:
@@ -105,30 +115,31 @@ def _with_zero_experts(
 ) -> ModuleSpec:
     """A copy of a stock layer spec whose MoE layer and router know zero experts; a dense layer keeps its MLP.
 
-    Local specs also get the core attention that knows packs, context parallelism and multi-latent attention.
+    Multi-latent attention gets an epsilon of its own for its norms. Local specs also get the core attention that knows
+    packs, context parallelism and multi-latent attention, and Transformer Engine's names in checkpoints.
     """
-    spec = _with_local_attention(spec, config)
-    if not _is_moe(spec):
-        return spec
-    submodules = spec.submodules
-    mlp = submodules.mlp
-    if config.num_zero_experts:
+    spec = _with_our_attention(spec, config)
+    submodules, is_moe = spec.submodules, _is_moe(spec)
+    changes: dict[str, Any] = {}
+    if is_moe and config.num_zero_experts:
+        mlp = submodules.mlp
         moe_submodules = replace(mlp.keywords["submodules"], router=ZeroExpertRouter)
-        mlp = partial(ZeroExpertMoELayer, **{**mlp.keywords, "submodules": moe_submodules})
-    changes: dict[str, Any] = {"mlp": mlp}
-    if not use_transformer_engine and not config.multi_latent_attention:
-        changes["sharded_state_dict_keys_map"] = dict(_TRANSFORMER_ENGINE_NAMES)
+        changes["mlp"] = partial(ZeroExpertMoELayer, **{**mlp.keywords, "submodules": moe_submodules})
+    if not use_transformer_engine:
+        names = dict(_LATENT_NAMES if config.multi_latent_attention else _GROUPED_QUERY_NAMES)
+        changes["sharded_state_dict_keys_map"] = names if is_moe else names | _DENSE_NAMES
     return replace(spec, submodules=replace(submodules, **changes))
 
 
-def _with_local_attention(spec: ModuleSpec, config: ZeroExpertTransformerConfig) -> ModuleSpec:
-    """A copy of a layer spec whose stock core attention, which only local specs have, is ours."""
+def _with_our_attention(spec: ModuleSpec, config: ZeroExpertTransformerConfig) -> ModuleSpec:
+    """A copy of a layer spec with our multi-latent attention, and with our core attention for the stock one, which only
+    local specs have.
+    """
     attention = spec.submodules.self_attention
-    if attention.submodules.core_attention is not DotProductAttention:
-        return spec
-    attention = replace(
-        attention,
-        module=LocalMLASelfAttention if attention.module is MLASelfAttention else attention.module,
-        submodules=replace(attention.submodules, core_attention=local_core_attention(config)),
-    )
-    return replace(spec, submodules=replace(spec.submodules, self_attention=attention))
+    changes: dict[str, Any] = {}
+    local = attention.submodules.core_attention is DotProductAttention
+    if attention.module is MLASelfAttention:
+        changes["module"] = LocalMLASelfAttention if local else LatentNormMLASelfAttention
+    if local:
+        changes["submodules"] = replace(attention.submodules, core_attention=local_core_attention(config))
+    return replace(spec, submodules=replace(spec.submodules, self_attention=replace(attention, **changes)))
