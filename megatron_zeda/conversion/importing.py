@@ -14,7 +14,7 @@ from megatron_zeda.conversion.ledger import Ledger
 from megatron_zeda.conversion.manifest import KEY_STYLE, MANIFEST_FILE, make_manifest
 from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder, iteration_dir, write_latest_iteration
 from megatron_zeda.conversion.safetensors_io import total_bytes
-from megatron_zeda.conversion.torch_dist import write_torch_dist
+from megatron_zeda.conversion.torch_dist_writer import write_torch_dist
 from megatron_zeda.conversion.verification import require_equal
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import WeightRow

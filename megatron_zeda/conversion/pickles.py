@@ -83,7 +83,7 @@ OBJECT_GLOBALS = (
 """What Python objects inside the data files may name: containers, tensors, random states, Megatron's arguments."""
 
 
-class _AllowListUnpickler(pickle.Unpickler):
+class AllowListUnpickler(pickle.Unpickler):
     """Builds only what is on a list."""
 
     def __init__(self, file: io.BufferedIOBase, allowed: Iterable[tuple[str, str]], where: str | Path) -> None:
@@ -121,7 +121,7 @@ class _Inert:
     def add(self, value: object) -> None: ...
 
 
-class _InertUnpickler(_AllowListUnpickler):
+class _InertUnpickler(AllowListUnpickler):
     """Checks the names and builds nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -145,7 +145,7 @@ def read_metadata(iteration_dir: Path) -> Metadata:
             "no such file", where=path, rule="a complete torch_dist checkpoint has one", fix="check the folder"
         )
     with path.open("rb") as file:
-        metadata = _load(_AllowListUnpickler(file, METADATA_GLOBALS, path), path)
+        metadata = _load(AllowListUnpickler(file, METADATA_GLOBALS, path), path)
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise InputError("not the metadata of a torch_dist checkpoint", where=path)
     _check_files(metadata, iteration_dir)

@@ -1,133 +1,59 @@
-"""Reading and writing a ``torch_dist`` checkpoint block by block, without building a model and without process groups.
-
-The writer is PyTorch's own distributed-checkpoint writer with a planner that loads a block only when its turn comes, so
-memory holds one block at a time. The result is what Megatron-Core's ``dist_checkpointing`` reads.
-"""
+"""Reading a ``torch_dist`` checkpoint block by block, without building a model and without process groups."""
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Self
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_zeda.conversion.folders import write_json
-from megatron_zeda.conversion.ledger import Ledger
+from megatron_zeda.conversion.folders import read_errors
 from megatron_zeda.conversion.pickles import check_pickles
+from megatron_zeda.conversion.torch_archive import ArchivedTensor, open_archive
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.models import WeightRow
 
-COMMON_STATE = "common_state/shard_0_1"
-"""Where Megatron-Core keeps everything that is not a sharded tensor."""
 
+@dataclass(frozen=True)
+class _Overlap:
+    """What a stored piece and a wanted block have in common: a box in the whole tensor."""
 
-class _LazySavePlanner(DefaultSavePlanner):
-    """Plans from the table; a block is made when the writer asks for it, and forgotten afterwards."""
+    chunk: ChunkStorageMetadata
+    low: tuple[int, ...]
+    sizes: tuple[int, ...]
 
-    def __init__(
-        self,
-        rows: Sequence[WeightRow],
-        dtypes: Mapping[str, torch.dtype],
-        load: Callable[[WeightRow], torch.Tensor],
-        common_state: dict[str, Any],
-        where: Path,
-    ) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._rows = {(row.key, row.global_offset): row for row in rows}
-        self._dtypes, self._read, self._common_state = dtypes, load, common_state
-        self.ledger = Ledger(self._rows, what="written", where=where)
+    def within(self, origin: tuple[int, ...]) -> tuple[slice, ...]:
+        return tuple(slice(o - b, o - b + n) for o, b, n in zip(self.low, origin, self.sizes, strict=True))
 
-    def create_local_plan(self) -> SavePlan:
-        items = [WriteItem(index=MetadataIndex(COMMON_STATE), type=WriteItemType.BYTE_IO)]
-        for row in self._rows.values():
-            sizes = (*(1 for _ in row.index), *row.shape)
-            items.append(
-                WriteItem(
-                    index=MetadataIndex(row.key, torch.Size(row.global_offset)),
-                    type=WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(
-                        chunk=ChunkStorageMetadata(torch.Size(row.global_offset), torch.Size(sizes)),
-                        properties=TensorProperties(dtype=self._dtypes[row.key]),
-                        size=torch.Size(row.global_shape),
-                    ),
-                )
-            )
-        self.plan = SavePlan(items=items)
-        return self.plan
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        # The default would compare all blocks of a tensor pairwise; the ledger knows that they are the table's.
-        self.global_plan, self.metadata = create_default_global_save_plan(all_plans)
-        return self.global_plan, self.metadata
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            buffer = io.BytesIO()
-            torch.save([self._common_state], buffer)
-            return buffer
-        key = (write_item.index.fqn, tuple(write_item.index.offset or ()))
-        self.ledger.tick(key)
-        row = self._rows[key]
-        block = self._read(row)
-        if block.dtype != self._dtypes[row.key] or tuple(block.shape) != row.shape:
-            raise ValueError(
-                f"{row}: planned {self._dtypes[row.key]} {row.shape}, got {block.dtype} {tuple(block.shape)}"
-            )
-        return block.reshape(*(1 for _ in row.index), *row.shape)
-
-
-def write_torch_dist(
-    folder: Path,
-    rows: Sequence[WeightRow],
-    dtypes: Mapping[str, torch.dtype],
-    load: Callable[[WeightRow], torch.Tensor],
-    common_state: dict[str, Any],
-) -> None:
-    """Write ``rows`` as a checkpoint that ``dist_checkpointing.load`` reads at any parallel layout.
-
-    Args:
-        folder: an existing, empty folder.
-        rows: the table.
-        dtypes: Megatron key -> type.
-        load: makes one block.
-        common_state: plain values, for instance the iteration.
-    """
-    planner = _LazySavePlanner(rows, dtypes, load, common_state, folder)
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": on purpose
-        try:
-            save({}, storage_writer=writer, planner=planner, no_dist=True)
-        except CheckpointException as error:  # PyTorch wraps whatever went wrong, a full disk or an unreadable source
-            cause, _ = next(iter(error.failures.values()))
-            raise cause from error
-    planner.ledger.close()
-    write_json(folder / "metadata.json", {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    def disjoint(self, other: _Overlap) -> bool:
+        return any(
+            a + n <= b or b + m <= a for a, n, b, m in zip(self.low, self.sizes, other.low, other.sizes, strict=True)
+        )
 
 
 class TorchDistReader:
     """Any block of any tensor of a ``torch_dist`` checkpoint, whatever layout saved it."""
 
-    def __init__(self, folder: Path) -> None:
-        """Check every pickle, then keep the metadata. Raises what :func:`check_pickles` raises."""
+    def __init__(self, folder: Path, metadata: Metadata | None = None) -> None:
+        """Open a checkpoint.
+
+        Args:
+            folder: where its files are.
+            metadata: what ``.metadata`` will say of a checkpoint that is still being written. By default it is read,
+                and every pickle of the checkpoint is checked.
+
+        Raises:
+            InputError: for a checkpoint that is not complete.
+            ZedaError: for pickles that are not only data.
+        """
         self.folder = folder
-        metadata = check_pickles(folder)
+        metadata = check_pickles(folder) if metadata is None else metadata
         self._storage = metadata.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
@@ -135,66 +61,143 @@ class TorchDistReader:
             if isinstance(entry, TensorStorageMetadata)
         }
         self._chunks: dict[tuple[str, tuple[int, ...] | None], list[ChunkStorageMetadata]] = {}
-        self._last: tuple[MetadataIndex, torch.Tensor] | None = None
+        self._known: dict[MetadataIndex, ArchivedTensor] = {}
+        self._files: dict[Path, int] = {}
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def dtype(self, key: str) -> torch.dtype:
         """Type of a tensor."""
         return self.tensors[key].properties.dtype
 
+    def files_of(self, key: str) -> set[str]:
+        """Names of the files that hold pieces of a tensor."""
+        return {info.relative_path for index, info in self._storage.items() if index.fqn == key}
+
     def read(self, row: WeightRow) -> torch.Tensor:
-        """Read one block of the table.
+        """Read one block of the table; do not change it, several blocks may share memory.
 
         Raises:
-            InputError: if the stored pieces do not cover it exactly once.
+            InputError: if the stored pieces do not cover it exactly once, or their bytes are damaged.
         """
-        begin, sizes = row.global_offset, (*(1 for _ in row.index), *row.shape)
-        block = torch.empty(sizes, dtype=self.dtype(row.key))
-        covered = 0
-        for chunk in self._chunks_near(row):
-            low = [max(a, b) for a, b in zip(begin, chunk.offsets, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(begin, sizes, chunk.offsets, chunk.sizes, strict=True)]
-            lengths = [h - o for o, h in zip(low, high, strict=True)]
-            if any(n <= 0 for n in lengths):
-                continue
-            stored = self._chunk(MetadataIndex(row.key, chunk.offsets), chunk)
-            target = tuple(slice(o - b, o - b + n) for o, b, n in zip(low, begin, lengths, strict=True))
-            source = tuple(slice(o - b, o - b + n) for o, b, n in zip(low, chunk.offsets, lengths, strict=True))
-            block[target] = stored[source]
-            covered += math.prod(lengths)
-        if covered != row.numel:
-            raise InputError(f"{row} is not complete", where=self.folder, value=f"{covered} of {row.numel} values")
-        return block.reshape(row.shape)
+        return self.read_block(row.key, row.index, row.shape)
 
-    def _chunks_near(self, row: WeightRow) -> list[ChunkStorageMetadata]:
+    def read_block(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """Read ``tensor[index][: shape[0], : shape[1], ...]`` of the tensor ``key``."""
+        begin, sizes = (*index, *(0 for _ in shape)), (*(1 for _ in index), *shape)
+        parts = self._overlaps(key, index, begin, sizes)
+        covered = sum(math.prod(part.sizes) for part in parts)
+        name = f"{key}[{', '.join(map(str, index))}]" if index else key
+        if covered != math.prod(shape):
+            raise InputError(
+                f"{name} is not complete", where=self.folder, value=f"{covered} of {math.prod(shape)} values"
+            )
+        if not all(one.disjoint(two) for one, two in itertools.combinations(parts, 2)):
+            raise InputError(f"{name} is stored twice in part, and a part of it is missing", where=self.folder)
+        if len(parts) == 1:
+            return self._read_part(key, parts[0]).reshape(shape)
+        block = torch.full(sizes, math.nan, dtype=self.dtype(key))  # a part that is never filled cannot look right
+        for part in parts:
+            block[part.within(begin)] = self._read_part(key, part)
+        return block.reshape(shape)
+
+    def _overlaps(
+        self, key: str, index: tuple[int, ...], begin: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> list[_Overlap]:
+        parts = []
+        for chunk in self._chunks_near(key, index):
+            low = tuple(max(a, b) for a, b in zip(begin, chunk.offsets, strict=True))
+            high = [min(a + n, b + m) for a, n, b, m in zip(begin, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            lengths = tuple(h - o for o, h in zip(low, high, strict=True))
+            if all(n > 0 for n in lengths):
+                parts.append(_Overlap(chunk, low, lengths))
+        return parts
+
+    def _chunks_near(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
         """Stored pieces that can overlap a block: those of its layer and expert, and those that span several.
 
         A large model has thousands of pieces per key, so they are sorted once.
         """
-        axes = len(row.index)
-        if (row.key, None) not in self._chunks:
-            self._chunks[row.key, None] = []
-            for chunk in self.tensors[row.key].chunks:
+        axes = len(index)
+        if (key, None) not in self._chunks:
+            self._chunks[key, None] = []
+            for chunk in self.tensors[key].chunks:
                 alone = all(size == 1 for size in chunk.sizes[:axes])
                 place = tuple(chunk.offsets[:axes]) if alone else None
-                self._chunks.setdefault((row.key, place), []).append(chunk)
-        spanning = self._chunks[row.key, None]
-        return self._chunks.get((row.key, row.index), []) + spanning
+                self._chunks.setdefault((key, place), []).append(chunk)
+        return [*self._chunks.get((key, index), []), *self._chunks[key, None]]
 
-    def _chunk(self, index: MetadataIndex, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        if self._last is not None and self._last[0] == index:
-            return self._last[1]
-        info = self._storage[index]
+    def _read_part(self, key: str, part: _Overlap) -> torch.Tensor:
+        """The values that a stored piece has in common with a block, in that box's shape."""
+        chunk, index = part.chunk, MetadataIndex(key, part.chunk.offsets)
+        inside = part.within(tuple(chunk.offsets))
+        whole = tuple(part.sizes) == tuple(chunk.sizes)
+        place = self._known.get(index)
+        if place is not None and not whole and (span := _contiguous(inside, chunk, place)) is not None:
+            # Its checksums were looked at when the first block was read from it.
+            begin, count = span
+            data = self._bytes(index, place.offset + begin * place.dtype.itemsize, count * place.dtype.itemsize)
+            return torch.frombuffer(data, dtype=place.dtype).reshape(part.sizes)
+        data = self._bytes(index, 0, self._storage[index].length)
+        path = self.folder / self._storage[index].relative_path
+        place = open_archive(data, f"{path} ({_name(index)})")
+        if place.shape != tuple(chunk.sizes) or place.dtype != self.dtype(key):
+            raise InputError(
+                f"{_name(index)} is not what the metadata says",
+                where=path,
+                value=f"{place.dtype} {list(place.shape)}",
+                rule=f"{self.dtype(key)} {list(chunk.sizes)}",
+            )
+        self._known[index] = place
+        return place.view(data) if whole else place.view(data)[inside].clone()
+
+    def _bytes(self, index: MetadataIndex, begin: int, length: int) -> bytearray:
+        info = self._storage.get(index)
+        if info is None:
+            raise InputError(f"{_name(index)} is not in any file", where=self.folder / ".metadata")
         path = self.folder / info.relative_path
         if getattr(info, "transform_descriptors", None):
-            raise InputError("compressed checkpoints are not supported", where=path, value=info.transform_descriptors)
-        with path.open("rb") as file:
-            file.seek(info.offset)
-            data = io.BytesIO(file.read(info.length))
-        try:
-            tensor = torch.load(data, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError) as error:
-            raise InputError(f"{index.fqn} cannot be read", where=path, fix="copy the checkpoint again") from error
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes:
-            raise ZedaError(f"{index.fqn} is not what the metadata says", where=path)
-        self._last = (index, tensor)
-        return tensor
+            raise ZedaError("compressed checkpoints are not supported", where=path, value=info.transform_descriptors)
+        data = bytearray(length)
+        view, done = memoryview(data), 0
+        while done < length:
+            with read_errors(path):
+                if path not in self._files:
+                    self._files[path] = os.open(path, os.O_RDONLY)
+                count = os.preadv(self._files[path], [view[done:]], info.offset + begin + done)
+            if not count:
+                raise InputError("the file ended early", where=path, value=_name(index), fix="copy it again")
+            done += count
+        return data
+
+
+def _contiguous(
+    inside: tuple[slice, ...], chunk: ChunkStorageMetadata, place: ArchivedTensor
+) -> tuple[int, int] | None:
+    """First element and number of elements of a box that lies in one run in its stored piece; else None."""
+    if not place.contiguous:
+        return None
+    begin, count, step, partial = 0, 1, 1, False
+    for box, size in zip(reversed(inside), reversed(chunk.sizes), strict=True):
+        length = box.stop - box.start
+        if partial and length != 1:
+            return None
+        partial = partial or length != size
+        begin, count, step = begin + box.start * step, count * length, step * size
+    return begin, count
+
+
+def _name(index: MetadataIndex) -> str:
+    return f"{index.fqn}{list(index.offset or ())}"

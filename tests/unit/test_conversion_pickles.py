@@ -14,7 +14,8 @@ from checkpoints import nothing_beside
 
 from megatron_zeda.conversion import hf_to_megatron, megatron_to_hf
 from megatron_zeda.conversion.megatron_io import check_pickles
-from megatron_zeda.conversion.torch_dist import TorchDistReader, write_torch_dist
+from megatron_zeda.conversion.torch_dist import TorchDistReader
+from megatron_zeda.conversion.torch_dist_writer import write_torch_dist
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.models import HfPiece, WeightRow
 

@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf, verify_checkpoint
 from megatron_zeda.conversion.megatron_io import iteration_dir, latest_iteration, read_manifest
-from megatron_zeda.conversion.torch_dist import TorchDistReader, write_torch_dist
+from megatron_zeda.conversion.torch_dist import TorchDistReader
+from megatron_zeda.conversion.torch_dist_writer import write_torch_dist
 from megatron_zeda.models import HfPiece, WeightRow, load_hf_config
 
 IDS = torch.arange(3 * 12).reshape(3, 12) * 7 % VOCAB
