@@ -31,7 +31,7 @@ class Qwen3Moe(Family):
     static_architecture: ClassVar[str] = "Qwen3MoeForCausalLM"
     dynamic_architecture: ClassVar[str] = "Qwen3MoePlusPlusForCausalLM"
     num_experts_keys: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
-    modeling_files: ClassVar[tuple[str, ...]] = ("modeling_zeda_qwen3_moe.py",)
+    modeling_files: ClassVar[tuple[str, ...]] = ("modeling_zeda_qwen3_moe.py", "modeling_zeda_base.py")
     auto_map: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_zeda_qwen3_moe.Qwen3MoePlusPlusModel",
         "AutoModelForCausalLM": "modeling_zeda_qwen3_moe.Qwen3MoePlusPlusForCausalLM",

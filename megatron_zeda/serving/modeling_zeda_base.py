@@ -1,0 +1,186 @@
+"""What the modelling files of all families share, for Hugging Face transformers 5, written by megatron-zeda.
+
+This file travels with an exported checkpoint, beside the modelling file of its family, and needs transformers and torch
+only. The family's file says which stock classes it extends; here is what zero experts change in them.
+
+Each router chooses K of N real and Z zero experts. A chosen zero expert adds nothing, and its share of the routing
+weight is not given to the others. Shapes: T tokens, D hidden, N real experts, Z zero experts, K experts per token.
+
+What every router returns (read the skip rate from it with a forward hook on ``model.model.layers[i].mlp.gate``):
+    logits ``[T, N + Z]``;
+    scores ``[T, K]``: routing weights, exactly 0 for every slot that a zero expert won and for no other;
+    indices ``[T, K]``: ids below N, distinct within a token; the id of a slot with weight 0 means nothing.
+So ``(scores == 0).float().mean()`` is the layer's skip rate.
+
+``config.zeda_zero_logit_bias`` (default 0) is the dial: it moves the zero experts' chance of being chosen. Lower skips
+less, ``-inf`` gives the model without zero experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+
+def zero_expert_settings(config: Any, num_experts: int) -> tuple[int, float]:
+    """Return (Z, dial) of a configuration, or raise ValueError naming the key that is missing or wrong.
+
+    All three ``zce_*`` keys are required: other readers of this format default to identity experts and a mask, which
+    would silently be another model.
+    """
+    for key in ("zce_nums", "zce_types", "use_zce_mask"):
+        if getattr(config, key, None) is None:
+            raise ValueError(f"config.json: `{key}` is missing; zce_nums, zce_types and use_zce_mask must all be there")
+    nums, types, mask = config.zce_nums, config.zce_types, config.use_zce_mask
+    if not isinstance(nums, (list, tuple)) or len(nums) != 1 or type(nums[0]) is not int or nums[0] < 1:
+        raise ValueError(f"config.json: `zce_nums` must be a list of one positive integer, got {nums!r}")
+    if not isinstance(types, (list, tuple)) or list(types) != ["zero"]:
+        raise ValueError(f"config.json: `zce_types` must be ['zero'], got {types!r}")
+    if mask is not False:
+        raise ValueError(f"config.json: `use_zce_mask` must be false, got {mask!r}")
+    bias = getattr(config, "zeda_zero_logit_bias", 0.0)
+    if not is_number(bias) or bias == float("inf"):
+        raise ValueError(f"config.json: `zeda_zero_logit_bias` must be a number below infinity, got {bias!r}")
+    if config.num_experts_per_tok > num_experts:
+        raise ValueError("config.json: `num_experts_per_tok` is larger than the number of experts")
+    return nums[0], float(bias)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of config.json is a number: neither a truth value nor NaN."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def hide_zero_slots(
+    scores: torch.Tensor, chosen: torch.Tensor, num_real: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn ``scores, chosen [T, K]`` over N + Z experts into what a layer of N experts understands.
+
+    A zero slot leaves with weight 0 and the id of a real expert that this token has not chosen: ids stay valid and
+    distinct for every consumer. The weight of a real expert that rounds to 0 becomes the smallest one of ``dtype``.
+    """
+    is_zero = chosen >= num_real
+    taken = scores.new_zeros(chosen.shape[0], num_real + 1).scatter(-1, chosen.clamp(max=num_real), 1.0)[:, :num_real]
+    spare = taken.topk(chosen.shape[-1], dim=-1, largest=False).indices
+    nth_zero = (is_zero.cumsum(-1) - 1).clamp(min=0)
+    indices = torch.where(is_zero, spare.gather(-1, nth_zero), chosen)
+    return scores.to(dtype).clamp(min=torch.finfo(dtype).tiny).masked_fill(is_zero, 0.0), indices
+
+
+class ZeroExpertRows:
+    """Mixed into a stock router: rows for N + Z experts."""
+
+    def add_zero_rows(self: Any, config: Any, num_real: int) -> None:
+        """Replace the weight ``[N, D]`` by one of ``[N + Z, D]``, and remember N and the dial."""
+        num_zero, self.zero_logit_bias = zero_expert_settings(config, num_real)
+        self.num_real = num_real
+        self.num_experts = num_real + num_zero
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, self.weight.shape[-1]))
+        # Some engines pattern-match "scores, then top-K" routers and put their own routing in place, which would send
+        # tokens to experts that do not exist. A router with state that they do not know is left alone.
+        self.zero_expert_marker = nn.Buffer(torch.zeros(1), persistent=False)
+
+    def dial(self: Any, device: torch.device) -> torch.Tensor:
+        """``[N + Z]``: 0 for the real experts, the dial for the others."""
+        values = torch.zeros(self.num_experts, device=device)
+        values[self.num_real :] = self.zero_logit_bias
+        return values
+
+
+class SigmoidRouter(ZeroExpertRows):
+    """Mixed into a stock router with sigmoid scores and a selection bias ``e_score_correction_bias [N + Z]`` in fp32.
+
+    The dial is added to the bias, so it moves the choice and not the weights.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        if (config.n_group or 1) != 1:
+            raise ValueError(f"config.json: `n_group` must be 1, got {config.n_group!r}: zero experts are in no group")
+        self.add_zero_rows(config, config.n_routed_experts)
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def forward(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_states = hidden_states.reshape(-1, self.weight.shape[-1])
+        logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        scores = logits.sigmoid()
+        bias = self.e_score_correction_bias
+        if self.zero_logit_bias != 0.0:
+            bias = bias + self.dial(bias.device)
+        chosen = (scores + bias).topk(self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(-1, chosen)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.routed_scaling_factor
+        return logits, *hide_zero_slots(weights, chosen, self.num_real, torch.float)
+
+
+class SkippingExperts:
+    """Mixed into the stock experts, N of them: slots of weight 0 are dropped before any expert runs.
+
+    The kept (token, expert) pairs are handed on as top-1 tokens, so every ``experts_implementation`` skips them. Under
+    torch.compile and CUDA graph capture, where shapes must not depend on data, all K slots are computed: the same
+    result without the saving.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        run: Any = super().forward  # type: ignore[misc]
+        if torch.compiler.is_compiling() or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return run(hidden_states, top_k_index, top_k_weights)
+        token, slot = torch.nonzero(top_k_weights, as_tuple=True)
+        out = torch.zeros_like(hidden_states, dtype=torch.float)
+        if token.numel():
+            pairs = run(hidden_states[token], top_k_index[token, slot, None], top_k_weights[token, slot, None])
+            out = out.index_add(0, token, pairs.float())
+        return out.to(hidden_states.dtype)
+
+
+class AnyExpertsImplementation:
+    """Mixed into the models."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Some releases decide this from the source text of the model's own file, which is not where they are."""
+        return True
+
+
+def replace_experts(block: Any, router: type, experts: type, config: Any) -> None:
+    """Put a zero-expert router and skipping experts in the place of a stock block's, in a layer that has experts."""
+    if not hasattr(block, "gate"):
+        return
+    block.gate, block.experts = router(config), experts(config)
+    if hasattr(block, "route_tokens_to_experts"):
+        # In releases where the block does what the router does since: our router has done it.
+        block.route_tokens_to_experts = _routed
+
+
+def _routed(outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    _, scores, indices = outputs
+    return indices, scores
+
+
+def ignored_tensors(config: Any) -> list[str]:
+    """Patterns of tensors that a checkpoint may hold and this model does not use.
+
+    They are the layers behind the last, which draft tokens for speculative decoding, and the constants that vLLM wants
+    for experts that it substitutes.
+    """
+    first = config.num_hidden_layers
+    extra = getattr(config, "num_nextn_predict_layers", None) or 1
+    return [*(rf"(^|\.)layers\.{first + layer}\." for layer in range(extra)), r"experts\.\d+\.approx_value$"]
+
+
+def register(model_type: str, model: type, causal_model: type) -> None:
+    """Tell transformers how to read and write checkpoints of these two classes, as it does for its own."""
+    # On disk there is one tensor per expert, in memory one per layer. Classes from elsewhere get no such mapping.
+    mapping = get_checkpoint_conversion_mapping(model_type)
+    for cls, auto_class in ((model, "AutoModel"), (causal_model, "AutoModelForCausalLM")):
+        register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+        # save_pretrained copies the files beside the weights (early releases of transformers 5 need to be told).
+        cls.register_for_auto_class(auto_class)  # type: ignore[attr-defined]
