@@ -1,0 +1,38 @@
+"""What every converter checks of the weights that pass through it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from megatron_zeda.errors import InputError
+
+
+def fingerprint(tensor: torch.Tensor) -> bytes:
+    """SHA-256 of a tensor's type, shape and bits: what is written must have it again when it is read back."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.digest()
+
+
+def require_finite(tensor: torch.Tensor, name: object, where: str | Path) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        InputError: names the tensor and the file.
+    """
+    if not tensor.numel():
+        return
+    low, high = tensor.aminmax()  # NaN if there is one, and one pass over the values
+    if not (low.isfinite() and high.isfinite()):
+        bad = int((~tensor.isfinite()).sum())
+        raise InputError(
+            f"{name} has values that are not finite",
+            where=where,
+            value=f"{bad} of {tensor.numel()}",
+            rule="weights are numbers",
+            fix="download the file again, or ask where the checkpoint comes from",
+        )
