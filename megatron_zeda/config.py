@@ -46,6 +46,16 @@ class ModelSettings(Section):
     pipeline_model_parallel_size: Count = 1
     virtual_pipeline_model_parallel_size: Count | None = None
     """Parts of the model on each pipeline stage (Megatron's interleaved schedule). null: one."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Deal out the layers as if the embedding were one more, before the first (docs/layouts.md)."""
+    account_for_loss_in_pipeline_split: bool = False
+    """As if the output layer and its loss were one more, behind the last."""
+    num_layers_in_first_pipeline_stage: Count | None = None
+    """Layers on the first pipeline stage, the others sharing the rest equally. null: as many as the others."""
+    num_layers_in_last_pipeline_stage: Count | None = None
+    """Layers on the last pipeline stage."""
+    pipeline_model_parallel_layout: str | None = None
+    """Every part written out: ``Ettt|tttt|tttL`` (embedding, layers, loss; ``t*4`` and ``(tt|)*3`` repeat)."""
     context_parallel_size: Count = 1
     """Ranks that share every sequence, each with two chunks of it."""
     expert_model_parallel_size: Count = 1
@@ -387,6 +397,12 @@ def _model_facts(config: Config, hf_config: Mapping[str, Any]) -> dict[str, Any]
     num_experts, num_zero = family.num_experts(dict(hf_config)), family.num_zero_experts(dict(hf_config))
     facts: dict[str, Any] = {"family": family.name, "num_experts": num_experts, "num_zero_experts": num_zero}
     facts["experts_per_rank"] = num_experts // config.model.expert_model_parallel_size
+    if config.model.pipeline_model_parallel_size > 1:
+        from megatron_zeda.config_megatron import layers_per_stage
+
+        num_layers = family.transformer_config_kwargs(dict(hf_config))["num_layers"]
+        parts = layers_per_stage(config, num_layers)
+        facts["layers_per_stage"] = [" + ".join(map(str, stage)) for stage in parts]
     if num_zero:
         weight = zero_expert_weight(config, num_experts, num_zero)
         facts["zero_expert_weight"] = weight

@@ -18,6 +18,15 @@ _FP8_ALIGNMENT = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128
 # and the one to the previous stage go to the same process, which receives them in the other order: wrong, silently.
 VIRTUAL_PIPELINE = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
+# The settings that deal layers out to pipeline stages unequally.
+PIPELINE_SPLIT = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+)
+
 
 def transformer_settings(config: Config, hf_config: dict[str, Any] | None) -> dict[str, Any]:
     """The fields of ``TransformerConfig`` that a run sets, for its student or its teacher.
@@ -57,6 +66,7 @@ def transformer_settings(config: Config, hf_config: dict[str, Any] | None) -> di
             values[f"recompute_{name}"] = value
     if model.virtual_pipeline_model_parallel_size is not None:
         values |= VIRTUAL_PIPELINE
+    values |= pipeline_split(config)
     if model.fp8 is not None:
         values |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
     if hf_config is not None:
@@ -124,6 +134,56 @@ def micro_batch_multiple(config: Config) -> int:
         return 1
     group = model.overrides.get("microbatch_group_size_per_vp_stage")
     return group if isinstance(group, int) and group > 0 else model.pipeline_model_parallel_size
+
+
+def pipeline_split(config: Config) -> dict[str, Any]:
+    """The settings of :data:`PIPELINE_SPLIT` that are in use."""
+    values = {name: getattr(config.model, name) for name in PIPELINE_SPLIT}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+def layers_per_stage(config: Config, num_layers: int) -> list[list[int]]:
+    """How many layers every virtual stage of every pipeline stage has.
+
+    Args:
+        config: a configuration whose pipeline can be dealt these layers.
+        num_layers: layers of the model.
+    """
+    model = config.model
+    stages, parts = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size or 1
+    if model.pipeline_model_parallel_layout is not None:
+        layout = pipeline_layout(model.pipeline_model_parallel_layout, stages)
+        return [[[layer.name for layer in part].count("decoder") for part in stage] for stage in layout.layout]
+    first, last = model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage
+    if first is not None or last is not None:
+        rest = num_layers - (first or 0) - (last or 0)
+        middle = stages - (first is not None) - (last is not None)
+        each = [rest // middle if middle else 0] * stages
+        each[0] = each[0] if first is None else first
+        each[-1] = each[-1] if last is None else last
+        return [[count // parts] * parts for count in each]
+    embedding, loss = model.account_for_embedding_in_pipeline_split, model.account_for_loss_in_pipeline_split
+    equal = [[(num_layers + embedding + loss) // (stages * parts)] * parts for _ in range(stages)]
+    equal[0][0] -= embedding
+    equal[-1][-1] -= loss
+    return equal
+
+
+def pipeline_layout(text: str, stages: int) -> Any:
+    """Megatron-Core's ``PipelineParallelLayerLayout``.
+
+    Raises:
+        ValueError: in its words, what is wrong with the text.
+    """
+    from megatron_zeda import platform
+
+    platform.install()
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    try:
+        return PipelineParallelLayerLayout(text, stages)
+    except AssertionError as error:
+        raise ValueError(str(error)) from error
 
 
 def unknown_overrides(config: Config, hf_config: dict[str, Any] | None) -> dict[str, str]:

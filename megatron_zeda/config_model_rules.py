@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_zeda.config import Config
 from megatron_zeda.config_megatron import unknown_overrides, zero_expert_refusals
+from megatron_zeda.config_pipeline_rules import layer_problems
 from megatron_zeda.config_refusals import MODEL_DEFAULTS, OVERRIDABLE, OVERRIDE_OWNERS, OVERRIDE_REFUSALS, Problem
 from megatron_zeda.errors import InputError
 
@@ -90,16 +91,7 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
         if shape[name] % size:
             message = f"{size} does not divide the model's {shape[name]} {noun}"
             yield Problem("divisors", (f"model.{kind}_parallel_size",), message, "use a divisor of that number")
-    virtual = model.virtual_pipeline_model_parallel_size
-    stages = model.pipeline_model_parallel_size * (virtual or 1)
-    if shape["num_layers"] % stages:
-        sizes = f"{model.pipeline_model_parallel_size}" + (f" x {virtual} virtual stages" if virtual else "")
-        yield Problem(
-            "layers",
-            ("model.pipeline_model_parallel_size", "model.virtual_pipeline_model_parallel_size"),
-            f"{sizes} does not divide the model's {shape['num_layers']} layers",
-            "use a divisor of that number",
-        )
+    yield from layer_problems(config, shape["num_layers"])
     groups = shape["num_query_groups"]
     if groups % tp and tp % groups:
         yield Problem(

@@ -113,6 +113,18 @@ RULES: dict[str, Rule] = {
         "with virtual stages, a whole number not below `pipeline_model_parallel_size`",
         "raise it, or remove it",
     ),
+    "pipeline_split": Rule(
+        (
+            "model.account_for_embedding_in_pipeline_split",
+            "model.account_for_loss_in_pipeline_split",
+            "model.num_layers_in_first_pipeline_stage",
+            "model.num_layers_in_last_pipeline_stage",
+            "model.pipeline_model_parallel_layout",
+        ),
+        "with several pipeline stages only, and one way of the three (count as layers, sizes of the ends, all written "
+        "out); both ends not with two stages that have virtual ones, where Megatron-Core cannot place the layers",
+        "keep one of them",
+    ),
     "cp_comm_type": Rule(
         ("model.overrides.cp_comm_type",),
         "p2p, all_gather or a2a: `a2a+p2p` needs groups for context parallelism that the trainer does not create",
@@ -215,9 +227,15 @@ RULES: dict[str, Rule] = {
         "use a divisor",
     ),
     "layers": Rule(
-        ("model.pipeline_model_parallel_size",),
-        "it, times `virtual_pipeline_model_parallel_size`, divides the layers",
-        "use a divisor",
+        (
+            "model.pipeline_model_parallel_size",
+            "model.num_layers_in_first_pipeline_stage",
+            "model.num_layers_in_last_pipeline_stage",
+            "model.pipeline_model_parallel_layout",
+        ),
+        "the stages (times `virtual_pipeline_model_parallel_size`) divide the layers, with what counts as one; those "
+        "between the ends divide the rest; a layout has all layers and as many parts as there are stages",
+        "use a divisor, or one of the ways to deal out layers unequally ([layouts.md](layouts.md))",
     ),
     "kv_heads": Rule(
         ("model.tensor_model_parallel_size",), "a multiple or a divisor of the key-value heads", "use one that is"

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from megatron_zeda.config import Config, smallest_world_size
-from megatron_zeda.config_megatron import VIRTUAL_PIPELINE, length_multiple, micro_batch_multiple
+from megatron_zeda.config_megatron import length_multiple, micro_batch_multiple
 from megatron_zeda.config_model_rules import (
     context_problems,
     joint_problems,
@@ -21,6 +21,7 @@ from megatron_zeda.config_model_rules import (
     override_problems,
     shape_problems,
 )
+from megatron_zeda.config_pipeline_rules import pipeline_problems
 from megatron_zeda.config_refusals import NOT_IN_THIS_VERSION, Problem
 
 
@@ -47,7 +48,7 @@ def find_problems(
         *_required(config),
         *_layout(config, world_size),
         *_batch(config, world_size),
-        *_pipeline(config),
+        *pipeline_problems(config),
         *context_problems(config),
         *_recompute(config),
         *_precision(config),
@@ -159,39 +160,6 @@ def _batch(config: Config, world_size: int | None) -> Iterator[Problem]:
             ("train.global_batch_size", "train.micro_batch_size"),
             f"{train.global_batch_size} is not a multiple of {factors} = {step}",
             f"use {_neighbours(train.global_batch_size, step)}",
-        )
-
-
-def _pipeline(config: Config) -> Iterator[Problem]:
-    model = config.model
-    stages, virtual = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
-    keys = ("model.virtual_pipeline_model_parallel_size", "model.pipeline_model_parallel_size")
-    if virtual is not None and stages == 1:
-        yield Problem(
-            "virtual_stages", keys, f"{virtual} virtual stages need pipeline_model_parallel_size above 1", "use null"
-        )
-    elif virtual == 1:
-        yield Problem("virtual_stages", keys, "one virtual stage a process is the pipeline as it is", "use null")
-    exchange = VIRTUAL_PIPELINE | model.overrides if virtual is not None else model.overrides
-    overlap, batch = (f"model.overrides.{name}" for name in VIRTUAL_PIPELINE)
-    if virtual is None:
-        if stages > 1 and exchange.get("overlap_p2p_comm"):
-            yield Problem("overlap_p2p", (overlap, *keys), "true needs virtual pipeline stages", "remove it")
-        return
-    if exchange["batch_p2p_comm"]:
-        if stages == 2:
-            reason = "virtual pipeline stages of two processes would receive each other's messages in the wrong order"
-            yield Problem("batch_p2p", (batch, *keys), reason, "remove it")
-        elif exchange["overlap_p2p_comm"]:
-            reason = f"true needs {overlap}=false: Megatron-Core cannot overlap batches of messages with computation"
-            yield Problem("batch_p2p", (batch, overlap, *keys), reason, "remove it")
-    group = model.overrides.get("microbatch_group_size_per_vp_stage")
-    if group is not None and not (type(group) is int and group >= stages):
-        yield Problem(
-            "micro_batch_group",
-            ("model.overrides.microbatch_group_size_per_vp_stage", keys[1]),
-            f"{group!r}, but virtual stages work on pipeline_model_parallel_size {stages} or more batches in turn",
-            "raise it, or remove it",
         )
 
 

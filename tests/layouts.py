@@ -70,6 +70,11 @@ SCENARIOS = {
     # Megatron averages the ranks' means, which is the mean over all tokens only if they hold equally many.
     "mean loss": Scenario({**Z_LOSS, "calculate_per_token_loss": False}, padded=False),
     "glm": Scenario({**SIGMOID, **LATENT_ATTENTION, "moe_layer_freq": [0, 1, 1, 1]}),
+    # A prime number of layers, as the 47 of GLM-4.7-Flash: no pipeline divides it.
+    "glm, 7 layers": Scenario(
+        {**SIGMOID, **LATENT_ATTENTION, "num_layers": 7, "moe_layer_freq": [0, 1, 1, 1, 1, 1, 1]}
+    ),
+    "6 layers": Scenario({"num_layers": 6}),
     "edges": Scenario(edges=True),
     "nothing skips": Scenario({**SIGMOID, "zero_expert_logit_bias": -10.0}),
     "everything skips": Scenario({**SIGMOID, "zero_expert_logit_bias": 10.0}),

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_zeda import platform
 from megatron_zeda.config import Config
 from megatron_zeda.config_io import to_yaml
+from megatron_zeda.config_megatron import pipeline_split
 from megatron_zeda.conversion import megatron_io
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.models import load_hf_config
@@ -331,6 +332,7 @@ def _superseded(config: Config, iteration: int) -> list[Path]:
 def _layout(config: Config) -> dict[str, Any]:
     """What a rank's random states belong to."""
     sizes = {key: value for key, value in asdict(config.model).items() if key.endswith("_parallel_size") and value}
+    sizes |= pipeline_split(config)
     return {**sizes, "world_size": torch.distributed.get_world_size(), "device": platform.device().type}
 
 

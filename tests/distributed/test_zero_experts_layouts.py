@@ -46,6 +46,7 @@ ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 DEEPEP = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 SHARDED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**SHARDED, "overlap_grad_reduce": True, "bucket_size": 5000}
+SEVEN = "glm, 7 layers"
 
 LAYOUTS = {
     "TP2 PP2 EP2": Layout(_sizes(tp=2, pp=2, ep=2)),
@@ -82,6 +83,31 @@ LAYOUTS = {
     "GLM, TP2 CP2 PP2 EP2, virtual stages": Layout(_sizes(tp=2, cp=2, pp=2, vpp=2, ep=2), "glm"),
     "GLM, TP2 PP2 EP2, packed, recompute mlp and shared experts": Layout(
         _sizes(tp=2, pp=2, ep=2), "glm", _selective("mlp", "shared_experts"), packed=True
+    ),
+    "GLM, 7 layers, 3 + 4, CP2 EP2, expert TP 1": Layout(
+        _sizes(tp=2, cp=2, pp=2, ep=2, etp=1), SEVEN, {"num_layers_in_first_pipeline_stage": 3}
+    ),
+    "GLM, 7 layers, 1 + 2 + 2 + 2, recompute all": Layout(
+        _sizes(pp=4, ep=2), SEVEN, {**FULL, "account_for_embedding_in_pipeline_split": True}
+    ),
+    "GLM, 7 layers, 1 + 2 + 2 + 2, packed": Layout(
+        _sizes(pp=4, ep=2),
+        SEVEN,
+        {"num_layers_in_first_pipeline_stage": 1, "num_layers_in_last_pipeline_stage": 2},
+        packed=True,
+    ),
+    "GLM, 7 layers, virtual stages of 2 + 2 + 2 + 1, overlap": Layout(
+        _sizes(tp=2, pp=2, vpp=2, ep=2), SEVEN, {"account_for_loss_in_pipeline_split": True}, OVERLAPPED
+    ),
+    # The loss alone in the last stage.
+    "GLM, 7 layers, virtual stages of 1 + 1 + 1 + 1 + 1 + 1 + 1 + 0": Layout(
+        _sizes(pp=4, vpp=2, ep=2), SEVEN, {"account_for_loss_in_pipeline_split": True}
+    ),
+    "GLM, 7 layers, virtual stages of 0 + 4 + 3 + 0, written out": Layout(
+        _sizes(pp=2, vpp=2, ep=2), SEVEN, {"pipeline_model_parallel_layout": "E|t*4|t*3|L"}, world_size=4
+    ),
+    "virtual stages of 2 + 1 + 2 + 1, distributed optimizer": Layout(
+        _sizes(pp=2, vpp=2, ep=2), "6 layers", {"num_layers_in_last_pipeline_stage": 2}, SHARDED, world_size=4
     ),
     "edges, EP8, overlap": Layout(_sizes(ep=8), "edges", ddp=OVERLAPPED),
     "edges, EP4, allgather": Layout(_sizes(ep=4), "edges", ALLGATHER, world_size=4),

@@ -17,6 +17,7 @@ NOT_CONSUMERS = {
     "config_io.py",
     "config_rules.py",
     "config_model_rules.py",
+    "config_pipeline_rules.py",
     "config_refusals.py",
     "cli.py",
     "banner.py",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import json
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_zeda import config_model_rules, config_rules
+from megatron_zeda import config_model_rules, config_pipeline_rules, config_rules
 from megatron_zeda.config import (
     Config,
     derived,
@@ -19,6 +21,7 @@ from megatron_zeda.config import (
     smallest_world_size,
     zero_expert_weight,
 )
+from megatron_zeda.config_megatron import layers_per_stage, pipeline_split
 from megatron_zeda.config_refusals import (
     MODEL_DEFAULTS,
     NOT_IN_THIS_VERSION,
@@ -81,6 +84,9 @@ FOUR_STAGES = {**VIRTUAL, "model__pipeline_model_parallel_size": 4}
 GROUP = "microbatch_group_size_per_vp_stage"
 PIPELINE = {"model__pipeline_model_parallel_size": 2}
 OVERLAP_P2P, BATCH_P2P = "model.overrides.overlap_p2p_comm", "model.overrides.batch_p2p_comm"
+EMBEDDING, LOSS = (f"model__account_for_{what}_in_pipeline_split" for what in ("embedding", "loss"))
+FIRST, LAST = (f"model__num_layers_in_{end}_pipeline_stage" for end in ("first", "last"))
+LAYOUT = "model__pipeline_model_parallel_layout"
 CONTEXT = {"model__context_parallel_size": 2}
 CP_COMM = "model.overrides.cp_comm_type"
 A2A = {"cp_comm_type": ["p2p", "a2a"]}
@@ -190,6 +196,28 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
         "model.overrides.batch_p2p_comm",
         "in the wrong order",
     ),
+    (PIPELINE | {FIRST: 20, LOSS: True}, 2, "model.account_for_loss_in_pipeline_split", "not together with model.num"),
+    ({LOSS: True}, 1, "model.account_for_loss_in_pipeline_split", "no effect in one pipeline stage"),
+    (VIRTUAL | {FIRST: 20, LAST: 28}, 2, "model.num_layers_in_first_pipeline_stage", "give one of the two"),
+    (VIRTUAL | {FIRST: 21}, 2, "model.num_layers_in_first_pipeline_stage", "not the same number in each of 2 virtual"),
+    (PIPELINE | {FIRST: 20, LAST: 20}, 2, "model.num_layers_in_first_pipeline_stage", "20 + 20 layers are not"),
+    (PIPELINE | {LAST: 48}, 2, "model.num_layers_in_last_pipeline_stage", "leaves 0, which 1 other pipeline stages"),
+    (
+        PIPELINE | {LOSS: True},
+        2,
+        "model.pipeline_model_parallel_size",
+        "2 does not divide the model's 48 layers and loss",
+    ),
+    (
+        {"model__pipeline_model_parallel_size": 7},
+        7,
+        "model.pipeline_model_parallel_size",
+        "or set model.account_for_loss_in_pipeline_split=true, or set model.num_layers_in_first_pipeline_stage=6, or",
+    ),
+    (PIPELINE | {LAYOUT: "Et*24|t*23L"}, 2, "model.pipeline_model_parallel_layout", "must match num_layers 48"),
+    (PIPELINE | {LAYOUT: "Et*12|t*12|t*12|t*12L"}, 2, "model.pipeline_model_parallel_layout", "4 parts, and 2 stages"),
+    (PIPELINE | {LAYOUT: "Ex|tL"}, 2, "model.pipeline_model_parallel_layout", "Invalid layer character: x"),
+    (PIPELINE | {LAYOUT: "|"}, 2, "model.pipeline_model_parallel_layout", "as many parts"),
     (FOUR_STAGES | {"model__overrides": {"batch_p2p_comm": True}}, 4, BATCH_P2P, "needs model.overrides.overlap"),
     (PIPELINE | {"model__overrides": {"overlap_p2p_comm": True}}, 2, OVERLAP_P2P, "needs virtual pipeline stages"),
     (
@@ -262,6 +290,9 @@ def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, te
         (FOUR_STAGES | {"model__overrides": {"overlap_p2p_comm": False, "batch_p2p_comm": True}}, 4),
         (FOUR_STAGES | {"model__overrides": {"overlap_p2p_comm": False}}, 4),
         (VIRTUAL | {"model__overrides": {"overlap_p2p_comm": False}}, 2),
+        (FOUR_STAGES | {FIRST: 6, LAST: 10}, 4),
+        (PIPELINE | {LAST: 47}, 2),
+        (VIRTUAL | {LAYOUT: "E|t*30|t*18|L"}, 2),
         (CONTEXT | {"model__overrides": {"cp_comm_type": "a2a"}}, 2),
         ({"model__overrides": {"cp_comm_type": "a2a+p2p"}}, 1),  # nothing is exchanged
         # Any number of conversations can be packed.
@@ -273,6 +304,68 @@ def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, te
 )
 def test_what_fits(values: dict[str, Any], world_size: int) -> None:
     assert find_problems(make(**values), world_size=world_size, hf_config=SHAPE) == []
+
+
+def test_a_pipeline_is_refused_exactly_where_megatron_cannot_deal_out_the_layers() -> None:
+    """Every small pipeline of every small model, with each way of uneven stages."""
+    splits: list[dict[str, Any]] = [{}, {LOSS: True}, {EMBEDDING: True}, {EMBEDDING: True, LOSS: True}]
+    splits += [{FIRST: count} for count in (1, 2, 3, 4)] + [{LAST: count} for count in (1, 2, 4)]
+    splits += [{FIRST: first, LAST: last} for first in (1, 2, 4) for last in (1, 2, 3)]
+    fits = 0
+    for layers, stages, virtual in product(range(1, 14), (2, 3, 4), (None, 2, 3)):
+        for split in splits:
+            config = make(
+                model__pipeline_model_parallel_size=stages,
+                model__virtual_pipeline_model_parallel_size=virtual,
+                train__global_batch_size=stages * 32,
+                **split,
+            )
+            shape = SHAPE | {"num_hidden_layers": layers}
+            problems = find_problems(config, world_size=stages, hf_config=shape)
+            assert {problem.rule for problem in problems} <= {"layers", "pipeline_split"}
+            dealt = megatrons_stages(layers, config)
+            assert (dealt is None) == bool(problems), (layers, stages, virtual, split, dealt, problems)
+            if dealt is not None:
+                fits += 1
+                assert layers_per_stage(config, layers) == dealt
+    assert fits > 200
+
+
+def megatrons_stages(layers: int, config: Config) -> list[list[int]] | None:
+    """Layers of every virtual stage of every stage by Megatron-Core; None where it cannot place each layer once."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    stages, virtual = config.model.pipeline_model_parallel_size, config.model.virtual_pipeline_model_parallel_size
+    parts: list[int | None] = [None] if virtual is None else list(range(virtual))
+    try:
+        model = TransformerConfig(
+            num_layers=layers,
+            hidden_size=8,
+            num_attention_heads=1,
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=virtual,
+            pipeline_dtype=torch.float32,
+            **pipeline_split(config),
+        )
+        counts = [[get_num_layers_to_build(model, part, stage) for part in parts] for stage in range(stages)]
+        firsts = [[get_transformer_layer_offset(model, part, stage) for part in parts] for stage in range(stages)]
+    except (ValueError, AssertionError, ZeroDivisionError):
+        return None
+    placed = [
+        layer
+        for part in range(len(parts))
+        for stage in range(stages)
+        for layer in range(firsts[stage][part], firsts[stage][part] + counts[stage][part])
+    ]
+    return counts if placed == list(range(layers)) else None
+
+
+def test_a_written_layout_is_counted_part_by_part() -> None:
+    config = make(**VIRTUAL, **{LAYOUT: "E|t*30|t*18|L"})
+    assert layers_per_stage(config, 48) == [[0, 18], [30, 0]]
+    assert derived(config, 2, SHAPE)["layers_per_stage"] == ["0 + 18", "30 + 0"]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +469,9 @@ def test_every_rule_is_in_the_table_and_every_row_is_a_rule() -> None:
 
 def test_no_problem_is_without_a_row() -> None:
     """Read from the source, because a bad configuration for every branch is not at hand."""
-    sources = [Path(module.__file__).read_text() for module in (config_rules, config_model_rules)]
+    sources = [
+        Path(module.__file__).read_text() for module in (config_rules, config_model_rules, config_pipeline_rules)
+    ]
     calls = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     rules = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "Problem"]
     assert len(rules) > 40 and set(rules) == RULES.keys()
