@@ -217,6 +217,12 @@ def load_megatron(model: Any, iteration_folder: Path) -> None:
     assert not any(parameter.isnan().any() for parameter in model.parameters())
 
 
+def newest_iteration(folder: Path) -> Path:
+    """The newest iteration of a Megatron checkpoint folder, by its tracker file alone."""
+    name = (folder / "latest_checkpointed_iteration.txt").read_text().strip()
+    return folder / (f"iter_{int(name):07d}" if name.isdigit() else name)
+
+
 def megatron_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """``[B, S, V]`` of ``ids [B, S]``."""
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
