@@ -133,7 +133,7 @@ def load_weights(chunks: list[Any], folder: Path) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    iteration_dir = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder))
+    iteration_dir = megatron_io.latest_checkpoint_dir(folder)
     megatron_io.check_pickles(iteration_dir)
     with _loading(iteration_dir):
         state = dist_checkpointing.load(_model_state(chunks), str(iteration_dir), strict="raise_unexpected")
@@ -170,7 +170,7 @@ _SAME_ON_RESUMING = (
 
 def changed_settings(config: Config, folder: Path) -> list[str]:
     """What the run that wrote the latest checkpoint in ``folder`` had set differently, a line each."""
-    path = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder)) / "config.yaml"
+    path = megatron_io.latest_checkpoint_dir(folder) / "config.yaml"
     saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     present = yaml.safe_load(to_yaml(config))
     lines = []
@@ -364,7 +364,7 @@ def resume(config: Config, folder: Path, chunks: list[Any], optimizer: Any, sche
     """
     from megatron.core import dist_checkpointing
 
-    iteration_dir = megatron_io.iteration_dir(folder, megatron_io.latest_iteration(folder))
+    iteration_dir = megatron_io.latest_checkpoint_dir(folder)
     megatron_io.check_pickles(iteration_dir)
     saved = megatron_io.read_manifest(iteration_dir)
     if "layout" not in saved:
