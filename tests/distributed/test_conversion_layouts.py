@@ -15,6 +15,7 @@ from checkpoints import (
     load_megatron,
     make_hf,
     megatron_model,
+    newest_iteration,
     read_tensors,
 )
 from safetensors.torch import save_file
@@ -24,23 +25,28 @@ from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatr
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-LAYERS = 4
 CHAIN: list[dict[str, int]] = [
     {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
     {"expert_model_parallel_size": 4},
     {"tensor_model_parallel_size": 4},
+    {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
 ]
+# GLM: an odd number of layers, so stages of two and of three; the first of them is dense, and one more only drafts.
+LAYERS = {"qwen3_moe": 4, "glm4_moe_lite": 5}
+DENSE = {"qwen3_moe": 0, "glm4_moe_lite": 1}
+UNEVEN: dict[str, dict[str, int]] = {"qwen3_moe": {}, "glm4_moe_lite": {"num_layers_in_first_pipeline_stage": 2}}
 
 
 def _expert_value(layer: int, expert: int) -> float:
     return 100.0 * (layer + 1) + expert
 
 
-def _constant_experts(folder: Path) -> Path:
+def _constant_experts(folder: Path, family: str) -> Path:
     """A checkpoint in which every weight of an expert says which expert of which layer it is."""
-    make_hf(folder, num_hidden_layers=LAYERS, num_key_value_heads=4)
+    layers = LAYERS[family]
+    make_hf(folder, family=family, num_hidden_layers=layers, num_key_value_heads=4, mtp=family == "glm4_moe_lite")
     tensors = read_tensors(folder)
-    for layer in range(LAYERS):
+    for layer in range(DENSE[family], layers):
         for expert in range(EXPERTS):
             prefix = f"model.layers.{layer}.mlp.experts.{expert}."
             for number, projection in enumerate(("gate_proj", "up_proj", "down_proj")):
@@ -55,17 +61,18 @@ def _check_experts(model: Any, sizes: dict[str, int]) -> int:
 
     ep = sizes.get("expert_model_parallel_size", 1)
     first_expert = EXPERTS // ep * parallel_state.get_expert_model_parallel_rank()
-    for layer in model.decoder.layers:
+    layers = [layer for layer in model.decoder.layers if hasattr(layer.mlp, "experts")]
+    for layer in layers:
         for place, expert in enumerate(layer.mlp.experts.local_experts):
             value = _expert_value(layer.layer_number - 1, first_expert + place)
             gate, up = expert.linear_fc1.weight.chunk(2)
             assert (gate == value).all()
             assert (up == value + 0.25).all()
             assert (expert.linear_fc2.weight == value + 0.5).all()
-    return len(model.decoder.layers) * EXPERTS // ep
+    return len(layers) * EXPERTS // ep
 
 
-def _chain(rank: int, world_size: int, root: str) -> list[int]:
+def _chain(rank: int, world_size: int, root: str, family: str) -> list[int]:
     """Walk through all layouts, each starting from the folder that the one before has saved."""
     from megatron.core import dist_checkpointing
 
@@ -73,12 +80,13 @@ def _chain(rank: int, world_size: int, root: str) -> list[int]:
     from megatron_zeda.models import load_hf_config
 
     config = load_hf_config(Path(root) / "start/hf")
-    source, checked = Path(root) / "start/iter_0000000", []
+    source, checked = newest_iteration(Path(root) / "start"), []
     for number, sizes in enumerate(CHAIN, start=1):
         initialize_megatron(expert_tensor_parallel_size=1, **sizes)
         model = megatron_model(
             config,
             **sizes,
+            **(UNEVEN[family] if "pipeline_model_parallel_size" in sizes else {}),
             expert_tensor_parallel_size=1,
             sequence_parallel="tensor_model_parallel_size" in sizes,
             pipeline_dtype=torch.float32,
@@ -116,13 +124,14 @@ def _training_state(model: Any, rank: int) -> dict[str, Any]:
     }
 
 
-def test_law_4_through_a_chain_of_layouts(tmp_path: Path) -> None:
-    inject_zero_experts(_constant_experts(tmp_path / "hf"), tmp_path / "dynamic", num_zero_experts=2)
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+def test_law_4_through_a_chain_of_layouts(tmp_path: Path, family: str) -> None:
+    inject_zero_experts(_constant_experts(tmp_path / "hf", family), tmp_path / "dynamic", num_zero_experts=2)
     hf_to_megatron(tmp_path / "dynamic", tmp_path / "start")
-    ranks = run_distributed(_chain, 4, str(tmp_path))
+    ranks = run_distributed(_chain, 4, str(tmp_path), family)
     for number, sizes in enumerate(CHAIN):
         copies = 4 // (sizes.get("pipeline_model_parallel_size", 1) * sizes.get("expert_model_parallel_size", 1))
-        assert sum(checked[number] for checked in ranks) == LAYERS * EXPERTS * copies
+        assert sum(checked[number] for checked in ranks) == (LAYERS[family] - DENSE[family]) * EXPERTS * copies
     expected = read_tensors(tmp_path / "dynamic")
     for number in range(1, len(CHAIN) + 1):  # every save exports, whatever layout it was made at
         export = tmp_path / f"export{number}"
