@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -60,6 +61,10 @@ class ExportSource(Protocol):
         """Its type."""
         ...
 
+    def where(self, piece: HfPiece) -> Path:
+        """The file or folder it comes from, for error messages."""
+        ...
+
 
 class FormatView:
     """What an export holds: tensors, ``config.json`` and the small files beside it.
@@ -78,15 +83,28 @@ class FormatView:
         config: HfConfig,
         rows: list[WeightRow],
         carried: list[WeightRow],
+        source: ExportSource,
         *,
-        read: Callable[[HfPiece], torch.Tensor],
-        dtype: Callable[[HfPiece], torch.dtype],
+        read: Callable[[HfPiece], torch.Tensor] | None = None,
+        origin: Callable[[HfPiece], HfPiece] | None = None,
         files: dict[str, dict[str, Any]] | None = None,
     ) -> None:
-        """Put a view together; :func:`view_as` makes the known ones."""
+        """Put a view together; :func:`view_as` makes the known ones.
+
+        Args:
+            format: which form.
+            config: ``config.json``.
+            rows: tensors.
+            carried: tensors beside the model.
+            source: where they come from.
+            read: gives a piece; by default the source does.
+            origin: the source's piece that a piece is made of, or that it has its type from; by default itself.
+            files: JSON files.
+        """
         self.format, self.config, self.rows, self.carried = format, config, rows, carried
         self.files = files or {}
-        self._read, self._dtype = read, dtype
+        self._source, self._read = source, read or source.read
+        self._origin = origin or (lambda piece: piece)
 
     def read(self, piece: HfPiece) -> torch.Tensor:
         """One piece."""
@@ -94,7 +112,11 @@ class FormatView:
 
     def dtype(self, piece: HfPiece) -> torch.dtype:
         """Its type."""
-        return self._dtype(piece)
+        return self._source.dtype(self._origin(piece))
+
+    def where(self, piece: HfPiece) -> Path:
+        """The file or folder of the source that it comes from, for error messages."""
+        return self._source.where(self._origin(piece))
 
     @property
     def num_bytes(self) -> int:
@@ -161,7 +183,7 @@ def stock_config(family: Family, config: dict[str, Any], num_experts: int) -> Hf
 def _zeda(source: ExportSource) -> FormatView:
     zero = source.family.num_zero_experts(source.config)
     config = source.family.make_dynamic(source.config, zero) if zero else HfConfig(source.config, where="config.json")
-    return FormatView("zeda", config, source.rows, source.carried, read=source.read, dtype=source.dtype)
+    return FormatView("zeda", config, source.rows, source.carried, source)
 
 
 def _check_dial(source: ExportSource, format: str) -> None:
@@ -193,52 +215,47 @@ def _with_dial(bias: torch.Tensor, num_experts: int, dial: float) -> torch.Tenso
 
 
 def _dense_zeros(source: ExportSource, interleave: bool) -> FormatView:
+    """Every piece of the wider table comes from a piece of the source, moved, widened or replaced by zeros."""
     family, real = source.family, source.family.num_experts(source.config)
     zero = family.num_zero_experts(source.config)
     order = expert_order(real, zero, interleave=interleave)
     permutation, dial = torch.tensor(order), zero_logit_bias(source.config)
     config = stock_config(family, source.config, real + zero)
-    known = {(piece.name, piece.slot): piece for row in [*source.rows, *source.carried] for piece in row.pieces}
+    rows_of = {(piece.name, piece.slot): row for row in [*source.rows, *source.carried] for piece in row.pieces}
+    pieces_of = {(piece.name, piece.slot): piece for row in rows_of.values() for piece in row.pieces}
     biased = _dial_pieces(source)
-    grown = {piece for row in [*source.rows, *source.carried] if row.grow is not None for piece in row.pieces}
 
-    def origin(piece: HfPiece) -> HfPiece | None:
-        """Where a piece comes from; for a zero expert, the piece of expert 0, whose shape and type it shares."""
-        match = _EXPERT.match(piece.name)
-        if match:
-            expert = order[int(match["expert"])]
-            return known.get((f"{match['layer']}{expert if expert < real else 0}{match['rest']}", None))
-        if piece.slot is not None:
-            expert = order[piece.slot]
-            return known.get((piece.name, expert if expert < real else 0))
-        return known.get((piece.name, None))
-
-    def is_zero(piece: HfPiece) -> bool:
+    def origin(piece: HfPiece) -> tuple[tuple[str, int | None], bool]:
+        """Where a piece comes from, and whether it belongs to a zero expert: then a real one that looks like it."""
         match = _EXPERT.match(piece.name)
         position = int(match["expert"]) if match else piece.slot
-        return position is not None and order[position] >= real
+        if position is None:
+            return (piece.name, None), False
+        expert, is_zero = order[position], order[position] >= real
+        if match:
+            return (f"{match['layer']}{0 if is_zero else expert}{match['rest']}", None), is_zero
+        return (piece.name, 0 if is_zero else expert), is_zero
 
     def read(piece: HfPiece) -> torch.Tensor:
-        if is_zero(piece):
-            return torch.zeros(piece.shape, dtype=dtype(piece))
-        found = need(piece)
+        key, is_zero = origin(piece)
+        found = pieces_of[key]
+        if is_zero:
+            return torch.zeros(piece.shape, dtype=source.dtype(found))
         tensor = source.read(found)
         if found in biased:
             tensor = _with_dial(tensor, real, dial)
-        return tensor[permutation] if found in grown and interleave else tensor
-
-    def need(piece: HfPiece) -> HfPiece:
-        found = origin(piece)
-        assert found is not None, piece  # the same family wrote both tables
-        return found
-
-    def dtype(piece: HfPiece) -> torch.dtype:
-        return source.dtype(need(piece))
+        elif tuple(tensor.shape) != piece.shape:  # stacked experts that travel as one tensor
+            tensor = torch.cat([tensor, tensor.new_zeros(zero, *tensor.shape[1:])])
+        elif rows_of[key].grow is None:
+            return tensor
+        return tensor[permutation] if interleave else tensor
 
     carried = family.carried_rows(config, source.layout)
-    carried = [row for row in carried if all(origin(piece) is not None for piece in row.pieces)]
+    carried = [row for row in carried if all(origin(piece)[0] in pieces_of for piece in row.pieces)]
     rows = family.weight_table(config, source.layout)
-    return FormatView("dense-zeros", config, rows, carried, read=read, dtype=dtype)
+    return FormatView(
+        "dense-zeros", config, rows, carried, source, read=read, origin=lambda piece: pieces_of[origin(piece)[0]]
+    )
 
 
 def _vllm_mone(source: ExportSource) -> FormatView:
@@ -259,16 +276,22 @@ def _vllm_mone(source: ExportSource) -> FormatView:
 
     def read(piece: HfPiece) -> torch.Tensor:
         if piece in like:
-            return torch.zeros(piece.shape, dtype=dtype(piece))
+            return torch.zeros(piece.shape, dtype=source.dtype(like[piece]))
         tensor = source.read(piece)
         return _with_dial(tensor, real, dial) if piece in biased else tensor
 
-    def dtype(piece: HfPiece) -> torch.dtype:
-        return source.dtype(like.get(piece, piece))
-
     rows = [*source.rows, *(WeightRow(piece.name, (piece,)) for piece in constants)]
     files = {ZEDA_OVERRIDES_FILE: {**changed, "approximate_experts": None}}
-    return FormatView("vllm-mone", config, rows, source.carried, read=read, dtype=dtype, files=files)
+    return FormatView(
+        "vllm-mone",
+        config,
+        rows,
+        source.carried,
+        source,
+        read=read,
+        origin=lambda piece: like.get(piece, piece),
+        files=files,
+    )
 
 
 def _constants(
