@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_zeda.conversion.folders import need_space, new_folder, write_json
-from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, pieces_of, write_config
-from megatron_zeda.conversion.manifest import MANIFEST_FILE
-from megatron_zeda.conversion.megatron_io import MegatronFolder
-from megatron_zeda.conversion.progress import progress
-from megatron_zeda.conversion.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsWriter, total_bytes
-from megatron_zeda.conversion.verification import require_equal
+from megatron_zeda.conversion.background import SourceHashes
+from megatron_zeda.conversion.folders import OutputFolder, files_in
+from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, write_config
+from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, write_hf
+from megatron_zeda.conversion.manifest import make_plan
+from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder
+from megatron_zeda.conversion.origins import known_hashes
 from megatron_zeda.models import HfConfig
 
 
@@ -44,33 +42,34 @@ def megatron_to_hf(
         ZedaError: for pickles that are not only data, or a full disk.
     """
     source = MegatronFolder(megatron, iteration=iteration)
-    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    slots: dict[str, int] = {}
-    for piece in pieces_of(source.rows):
-        plan[piece.name] = (source.dtype(piece), piece.tensor_shape)
-        if piece.slot is not None:
-            slots[piece.name] = piece.num_slots
-    zero = source.family.num_zero_experts(source.config)
-    with new_folder(hf) as folder:
-        sharded = source.manifest.get("sharded", True)
-        with SafetensorsWriter(folder, plan, shard_bytes=shard_bytes if sharded else 2**62, slots=slots) as writer:
-            need_space(folder, total_bytes(writer.tensors.values()))
-            for piece in progress(pieces_of(source.rows), "export"):
-                writer.write(piece.name, source.read(piece), piece.slot)
-        write_config(folder, _config(source), source.family)
-        copy_side_files(source.hf, folder)
+    limit = shard_bytes if source.manifest.get("sharded", True) else None
+    files = _source_files(source)
+    plan = make_plan("export", files, shard_bytes=limit)
+    known = known_hashes(source.path)
+    with (
+        OutputFolder(hf, plan=plan) as out,
+        SourceHashes({name: path for name, path in files.items() if name in known}, known) as hashes,
+    ):
+        written = write_hf(source, out, shard_bytes=limit, what="export")
+        write_config(out.partial, _config(source), source.family)
+        copy_side_files(source.hf, out.partial)
+        HfFolder(out.partial).close()  # configuration, table, index and headers agree
         summary = {
             "iteration": source.iteration,
-            "num_tensors": len(plan),
-            "num_bytes": total_bytes(writer.tensors.values()),
+            **written,
             "num_experts": source.family.num_experts(source.config),
-            "num_zero_experts": zero,
+            "num_zero_experts": source.family.num_zero_experts(source.config),
         }
         if source.manifest:
-            write_json(folder / MANIFEST_FILE, {**source.manifest, "exported": summary})
-        with HfFolder(folder) as written:
-            require_equal(source, written, Path(hf))
+            out.manifest = {**source.manifest, "exported": {**summary, "files_checked": hashes.result()}}
     return summary
+
+
+def _source_files(source: MegatronFolder) -> dict[str, Path]:
+    """Name -> file of all that the export reads, with names as in the manifest of an import."""
+    weights = {f"{source.tensors.folder.name}/{path.name}": path for path in files_in(source.tensors.folder)}
+    beside = {f"{HF_FOLDER}/{name}": source.hf / name for name in ("config.json", CARRIED_FILE)}
+    return weights | {name: path for name, path in beside.items() if path.is_file()}
 
 
 def _config(source: MegatronFolder) -> dict[str, Any]:

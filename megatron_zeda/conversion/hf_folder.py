@@ -32,6 +32,10 @@ SIDE_FILES = (
 """What travels with the weights: tokenizer, chat template, generation settings, licence. Never code, never pickles."""
 
 
+CARRIED_FILE = "carried.safetensors"
+"""Where a Megatron folder keeps tensors beside the model, in its ``hf`` folder."""
+
+
 class HfFolder:
     """A checked Hugging Face checkpoint: configuration, family, table and tensors that agree with each other.
 
@@ -71,6 +75,15 @@ class HfFolder:
     def dtype(self, piece: HfPiece) -> torch.dtype:
         """Its type on disk."""
         return self.reader.tensors[piece.name].dtype
+
+    def where(self, piece: HfPiece) -> Path:
+        """The file that holds a piece."""
+        return self.reader.tensors[piece.name].file
+
+    def source_files(self) -> dict[str, Path]:
+        """Name -> file: the configuration and the weights, in the order in which the table reads them."""
+        order = {self.reader.tensors[piece.name].file: None for piece in pieces_of(self.rows + self.carried)}
+        return {path.name: path for path in (self.path / "config.json", *order)}
 
     def file_hashes(self) -> dict[str, dict[str, Any]]:
         """Name -> size and SHA-256 of the configuration and of every weight file."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from megatron_zeda.conversion.folders import need_space, new_folder, write_json
-from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, pieces_of, write_config
-from megatron_zeda.conversion.manifest import MANIFEST_FILE, make_manifest
-from megatron_zeda.conversion.progress import progress
-from megatron_zeda.conversion.safetensors_io import DEFAULT_SHARD_BYTES, SafetensorsWriter, total_bytes
-from megatron_zeda.conversion.verification import require_equal
+from megatron_zeda.conversion.background import SourceHashes
+from megatron_zeda.conversion.folders import OutputFolder
+from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, present_carried, write_config
+from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, write_hf
+from megatron_zeda.conversion.manifest import make_manifest, make_plan
+from megatron_zeda.conversion.origins import known_hashes
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import HfPiece, load_hf_config
 from megatron_zeda.models.registry import family_for
@@ -28,14 +28,15 @@ def inject_zero_experts(
 ) -> dict[str, Any]:
     """Write a dynamic copy of a static checkpoint, complete with configuration, modelling code and tokenizer.
 
-    The result is read back and compared with the source before it becomes visible.
+    Every weight is read back from the disk and compared with what the source gave before the folder becomes visible.
+    An interrupted run is continued by the same call.
 
     Args:
         input: static Hugging Face folder.
         output: folder to create.
         num_zero_experts: Z; by default half the number of experts.
         seed: seed of the new router rows.
-        shard_bytes: largest weight file to write.
+        shard_bytes: largest weight file to write, if the source has several.
 
     Returns:
         The manifest that was written.
@@ -49,32 +50,32 @@ def inject_zero_experts(
         raise InputError(
             "zero experts were injected already", where=input, fix="start from the static checkpoint it was made from"
         )
-    with HfFolder(input) as source, new_folder(output) as folder:
-        family, real = source.family, source.family.num_experts(config)
-        zero = real // 2 if num_zero_experts is None else num_zero_experts
+    with HfFolder(input) as source:
+        zero = source.family.num_experts(config) // 2 if num_zero_experts is None else num_zero_experts
         if type(zero) is not int or zero < 1:
             raise InputError(
                 "the number of zero experts is wrong", where="--num-zero-experts", value=zero, rule="positive"
             )
-        dynamic = family.make_dynamic(config, zero)
-        family.validate(dynamic)
-        injected = _Injected(source, dynamic, seed)
-        plan = {}
-        for name, info in sorted(source.reader.tensors.items()):
-            rows = (info.shape[0] + zero, *info.shape[1:]) if name in injected.grown else info.shape
-            plan[name] = (info.dtype, rows)
-        shard_bytes = shard_bytes if source.reader.sharded else 2**62
-        with SafetensorsWriter(folder, plan, shard_bytes=shard_bytes) as writer:
-            need_space(folder, total_bytes(writer.tensors.values()))
-            for name in progress(plan, "inject"):
-                writer.write(name, injected.tensor(name))
-        write_config(folder, dynamic, family)
-        copy_side_files(source.path, folder)
-        manifest = make_manifest(source, num_zero_experts=zero, injection_seed=seed, expert_layout=source.layout)
-        write_json(folder / MANIFEST_FILE, manifest)
-        with HfFolder(folder) as written:
-            require_equal(injected, written, Path(output))
-    return manifest
+        dynamic = source.family.make_dynamic(config, zero)
+        source.family.validate(dynamic)
+        view = _Injected(source, dynamic, seed)
+        files = source.source_files()
+        limit = shard_bytes if source.reader.sharded else None
+        plan = make_plan("inject", files, num_zero_experts=zero, seed=seed, shard_bytes=limit)
+        with OutputFolder(output, plan=plan) as out, SourceHashes(files, known_hashes(source.path)) as hashes:
+            written = write_hf(view, out, shard_bytes=limit, what="inject")
+            write_config(out.partial, dynamic, source.family)
+            copy_side_files(source.path, out.partial)
+            HfFolder(out.partial).close()  # configuration, table, index and headers agree
+            out.manifest = make_manifest(
+                source,
+                files=hashes.result(),
+                num_zero_experts=zero,
+                injection_seed=seed,
+                expert_layout=source.layout,
+                **written,
+            )
+    return out.manifest
 
 
 class _Injected:
@@ -87,29 +88,28 @@ class _Injected:
 
     def __init__(self, source: HfFolder, dynamic: dict[str, Any], seed: int) -> None:
         self.rows = source.family.weight_table(dynamic, source.layout)
-        names = {piece.name for piece in pieces_of(source.carried)}
         carried = source.family.carried_rows(dynamic, source.layout)
-        self.carried = [row for row in carried if row.pieces[0].name in names]
+        self.carried = present_carried(carried, source.reader.tensors.keys(), source.path)
         rows = source.rows + source.carried
         self.grown = {piece.name: row.grow for row in rows for piece in row.pieces if row.grow is not None}
         self._source, self._seed = source, seed
         self._zero = source.family.num_zero_experts(dynamic)
 
-    def tensor(self, name: str, slot: int | None = None) -> torch.Tensor:
-        """A tensor of the result, or one slot of a stacked one."""
-        tensor = self._source.reader.read(name, slot)
-        grow = self.grown.get(name)
+    def read(self, piece: HfPiece) -> torch.Tensor:
+        """One piece of the result."""
+        tensor = self._source.reader.read(piece.name, piece.slot)
+        grow = self.grown.get(piece.name)
         if grow is None:
             return tensor
         try:
-            return torch.cat([tensor, grow(tensor, self._zero, seed=self._seed, name=name)])
+            return torch.cat([tensor, grow(tensor, self._zero, seed=self._seed, name=piece.name)])
         except ValueError as error:
-            raise InputError(str(error), where=self._source.reader.tensors[name].file) from error
-
-    def read(self, piece: HfPiece) -> torch.Tensor:
-        """One piece of the table."""
-        return self.tensor(piece.name, piece.slot)
+            raise InputError(str(error), where=self.where(piece)) from error
 
     def dtype(self, piece: HfPiece) -> torch.dtype:
         """Its type."""
         return self._source.dtype(piece)
+
+    def where(self, piece: HfPiece) -> Path:
+        """The file of the source that holds it."""
+        return self._source.where(piece)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_zeda import __version__
 from megatron_zeda.conversion.folders import MANIFEST_FILE
 from megatron_zeda.conversion.hf_folder import HfFolder
+from megatron_zeda.conversion.origins import source_name, source_revision
 from megatron_zeda.models.hf_config import read_json_object
 
-__all__ = ["KEY_STYLE", "MANIFEST_FILE", "make_manifest", "read_manifest"]
+__all__ = ["KEY_STYLE", "MANIFEST_FILE", "make_manifest", "make_plan", "read_manifest", "versions"]
 
 KEY_STYLE = "transformer_engine, stacked layers"
 
@@ -22,18 +24,44 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return read_json_object(path) if path.exists() else {}
 
 
-def make_manifest(source: HfFolder, **more: Any) -> dict[str, Any]:
-    """Describe what was made from ``source``."""
+def versions() -> dict[str, str]:
+    """Of this package and of the libraries that conversions use."""
+    libraries = ("megatron-core", "torch", "transformers")
+    return {"megatron_zeda": __version__, **{name: importlib.metadata.version(name) for name in libraries}}
+
+
+def make_plan(tool: str, files: Mapping[str, Path], **options: Any) -> dict[str, Any]:
+    """What an output depends on, so that an unfinished one is continued by the same conversion only.
+
+    Args:
+        tool: which conversion.
+        files: name -> source file; size and time of change stand for the content.
+        options: everything else, as JSON values.
+    """
+    stats = {name: path.stat() for name, path in files.items()}
+    sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    return {"tool": tool, "versions": versions(), "files": sizes, "options": options}
+
+
+def make_manifest(source: HfFolder, *, files: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """Describe what was made from ``source``.
+
+    Args:
+        source: the Hugging Face folder.
+        files: name -> bytes and SHA-256 of its files; computed if not given.
+        more: further entries.
+    """
     return {
         "format": 1,
-        "versions": {
-            "megatron_zeda": __version__,
-            **{name: importlib.metadata.version(name) for name in ("megatron-core", "torch", "transformers")},
-        },
+        "versions": versions(),
         "family": source.family.name,
         "num_experts": source.family.num_experts(source.config),
         "num_zero_experts": source.num_zero_experts,
         "injection_seed": read_manifest(source.path).get("injection_seed"),
-        "source": {"folder": str(source.path), "files": source.file_hashes()},
+        "source": {
+            "name": source_name(source.path),
+            "revision": source_revision(source.path),
+            "files": files or source.file_hashes(),
+        },
         **more,
     }

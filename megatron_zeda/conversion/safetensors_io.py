@@ -1,4 +1,4 @@
-"""Streaming safetensors: a reader that trusts nothing and a writer that plans its shards first.
+"""Streaming safetensors: a reader that trusts nothing and a writer of one planned file.
 
 The format is a length, a JSON header and the raw little-endian bytes, so both sides are plain file access: a tensor, or
 one slot of a stacked tensor, is read or written without touching the rest of its file.
@@ -6,10 +6,12 @@ one slot of a stacked tensor, is read or written without touching the rest of it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,17 +19,20 @@ from typing import Any, Self
 
 import torch
 
-from megatron_zeda.conversion.folders import read_errors, write_json
+from megatron_zeda.conversion.folders import drop_from_cache, read_errors
 from megatron_zeda.conversion.ledger import Ledger
-from megatron_zeda.errors import InputError
+from megatron_zeda.errors import InputError, ZedaError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DEFAULT_SHARD_BYTES = 4 * 10**9
+_CHUNK_BYTES = 1 << 23
 _MAX_HEADER_BYTES = 100 * 10**6
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+TensorPlan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> type and shape, in file order."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,16 @@ class TensorInfo:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def part(self, slot: int | None) -> tuple[tuple[int, ...], int, int]:
+        """Shape, offset in the file and bytes of the tensor, or of one slot along axis 0."""
+        if slot is None:
+            return self.shape, self.offset, self.nbytes
+        nbytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self.shape[1:], self.offset + slot * nbytes, nbytes
+
 
 class SafetensorsReader:
-    """All tensors of a Hugging Face folder: one file, or shards with an index.
+    """All tensors of a Hugging Face folder (one file, or shards with an index), or those of one file of a folder.
 
     Everything that can be wrong with the files is found when the reader is made, before any weight is read.
 
@@ -55,9 +67,15 @@ class SafetensorsReader:
             agree with the shards, and types other than plain floating point.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, file: str | None = None) -> None:
+        """Open and check.
+
+        Args:
+            folder: the checkpoint.
+            file: read this file only, whatever else is there.
+        """
         self.folder = Path(folder)
-        self.files = _weight_files(self.folder)
+        self.files = _weight_files(self.folder) if file is None else {self.folder / file: None}
         self.sharded = (self.folder / INDEX_FILE).exists()
         self.tensors: dict[str, TensorInfo] = {}
         for path, names in self.files.items():
@@ -75,21 +93,20 @@ class SafetensorsReader:
     def read(self, name: str, slot: int | None = None) -> torch.Tensor:
         """Read a tensor, or its ``slot``-th entry along axis 0."""
         info = self.tensors[name]
-        shape, offset = info.shape, info.offset
-        if slot is not None:
-            shape = info.shape[1:]
-            offset += slot * math.prod(shape) * info.dtype.itemsize
-        buffer = bytearray(math.prod(shape) * info.dtype.itemsize)
-        view, done = memoryview(buffer), 0
-        while done < len(buffer):
-            with read_errors(info.file):
-                count = os.preadv(self._descriptor(info.file), [view[done:]], offset + done)
-            if not count:
-                raise InputError("the file ended early", where=info.file, value=name, fix="download it again")
-            done += count
-        if not buffer:
-            return torch.empty(shape, dtype=info.dtype)
-        return torch.frombuffer(buffer, dtype=info.dtype).reshape(shape)
+        shape, offset, nbytes = info.part(slot)
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        self._fill(memoryview(buffer.numpy()), info.file, offset, name)
+        return buffer.view(info.dtype).reshape(shape)
+
+    def chunks(self, name: str, slot: int | None = None) -> Iterator[memoryview]:
+        """The bytes of a tensor, or of a slot, in pieces of a few MB that are valid until the next one."""
+        info = self.tensors[name]
+        _, offset, nbytes = info.part(slot)
+        buffer = memoryview(bytearray(min(nbytes, _CHUNK_BYTES)))
+        for done in range(0, nbytes, _CHUNK_BYTES):
+            chunk = buffer[: min(nbytes - done, _CHUNK_BYTES)]
+            self._fill(chunk, info.file, offset + done, name)
+            yield chunk
 
     def close(self) -> None:
         """Close the files."""
@@ -104,6 +121,15 @@ class SafetensorsReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _fill(self, view: memoryview, path: Path, offset: int, name: str) -> None:
+        done = 0
+        while done < len(view):
+            with read_errors(path):
+                count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
+            if not count:
+                raise InputError("the file ended early", where=path, value=name, fix="download it again")
+            done += count
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._descriptors:
@@ -229,74 +255,80 @@ def _load_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 class SafetensorsWriter:
-    """Write a planned set of tensors, in any order and piece by piece, into one file or several.
+    """Write one planned file, piece by piece and in any order, then read it back.
 
-    Shards are filled in the order of the plan, up to ``shard_bytes`` each. :meth:`close` checks that every byte was
-    written exactly once and adds the index.
+    Every planned byte must be written exactly once. :meth:`verify` forgets the file in memory and reads it from the
+    disk with :class:`SafetensorsReader`: every piece must have the checksum of what the source gave.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        *,
-        shard_bytes: int = DEFAULT_SHARD_BYTES,
-        slots: Mapping[str, int] | None = None,
-    ) -> None:
-        """Lay out the files.
+    def __init__(self, path: Path, plan: TensorPlan, *, slots: Mapping[str, int] | None = None) -> None:
+        """Lay out the file.
 
         Args:
-            folder: an existing folder.
+            path: a file in an existing folder; replaced if it is there.
             plan: name -> (dtype, shape), in file order.
-            shard_bytes: a new shard starts when a tensor would go beyond this.
             slots: tensors that are written slot by slot along axis 0 -> number of slots.
         """
-        self.folder = folder
-        self._slots = dict(slots or {})
-        shards = _plan_shards(plan, shard_bytes)
-        count = len(shards)
-        self.tensors: dict[str, TensorInfo] = {}
-        self._descriptors: dict[Path, int] = {}
-        for number, names in enumerate(shards, start=1):
-            name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._start_file(folder / name, {tensor: plan[tensor] for tensor in names})
-        entries: list[tuple[str, int | None]] = []
-        for name in plan:
-            entries += [(name, slot) for slot in range(self._slots[name])] if name in self._slots else [(name, None)]
-        self._ledger = Ledger(entries, what="written", where=folder)
+        self.path = path
+        self._slots = {name: count for name, count in (slots or {}).items() if name in plan}
+        parts = [(name, slot) for name in plan for slot in self._parts(name)]
+        self._ledger = Ledger(parts, what="written", where=path)
+        self._checksums: dict[tuple[str, int | None], int] = {}
+        self.tensors = _layout(path, plan)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._write(header_of(plan), 0)
 
-    def write(self, name: str, tensor: torch.Tensor, slot: int | None = None) -> None:
-        """Write a whole tensor, or one slot of it."""
+    def write(self, name: str, tensor: torch.Tensor, slot: int | None = None, *, checksum: int | None = None) -> None:
+        """Write a whole tensor, or one slot of it.
+
+        ``checksum`` is the :func:`checksum` of what the source gave, by default of ``tensor``.
+        """
         self._ledger.tick((name, slot))
         info = self.tensors[name]
-        shape = info.shape if slot is None else info.shape[1:]
+        shape, offset, _ = info.part(slot)
         if tensor.dtype != info.dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: planned {info.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-        if not tensor.numel():
-            return
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        offset = info.offset + (0 if slot is None else slot * len(data))
-        done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptors[info.file], data[done:], offset + done)
+        data = bytes_of(tensor)
+        self._checksums[name, slot] = zlib.crc32(data) if checksum is None else checksum
+        self._write(data, offset)
 
     def close(self) -> None:
-        """Finish: every planned byte is on disk, and the index if there are several files."""
+        """Every planned byte was handed to the system; it is on the disk after :meth:`verify`."""
         self._ledger.close()
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
-        files = list(self._descriptors)
         self.abandon()
-        if len(files) > 1:
-            weight_map = {name: info.file.name for name, info in sorted(self.tensors.items())}
-            total = sum(info.nbytes for info in self.tensors.values())
-            write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def abandon(self) -> None:
-        """Close the files as they are."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        """Close the file as it is."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def verify(self) -> str:
+        """Read the closed file back from the disk; return its SHA-256.
+
+        Raises:
+            ZedaError: if a tensor is not what was written.
+        """
+        drop_from_cache(self.path)
+        digest = hashlib.sha256()
+        with SafetensorsReader(self.path.parent, file=self.path.name) as reader, self.path.open("rb") as file:
+            if reader.tensors != self.tensors:
+                raise ZedaError("verification failed: the header is not what was written", where=self.path)
+            digest.update(file.read(min((info.offset for info in self.tensors.values()), default=None)))
+            for name in self.tensors:  # in the order of the file, so the pieces together are the file
+                for slot in self._parts(name):
+                    found = 0
+                    for chunk in reader.chunks(name, slot):
+                        found = zlib.crc32(chunk, found)
+                        digest.update(chunk)
+                    if found != self._checksums[name, slot]:
+                        piece = name if slot is None else f"{name}[{slot}]"
+                        raise ZedaError(
+                            f"verification failed: {piece} was not read back as the source gave it",
+                            where=self.path,
+                            fix="run the command again; if it fails again, suspect the disk or the memory",
+                        )
+        return digest.hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -309,34 +341,44 @@ class SafetensorsWriter:
         else:
             self.abandon()
 
-    def _start_file(self, path: Path, plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        ends, position = {}, 0
-        for name, (dtype, shape) in plan.items():
-            ends[name] = position + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, ends[name]]}
-            position = ends[name]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._descriptors[path] = descriptor
-        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
-        for name, (dtype, shape) in plan.items():
-            begin = ends[name] - math.prod(shape) * dtype.itemsize
-            self.tensors[name] = TensorInfo(dtype, shape, path, 8 + len(text) + begin)
+    def _parts(self, name: str) -> Iterable[int | None]:
+        return range(self._slots[name]) if name in self._slots else (None,)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(self.descriptor, view[done:], offset + done)
 
 
-def _plan_shards(plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if it is contiguous and on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """CRC-32 of the bytes of a tensor: what is kept of it between reading and verifying."""
+    return zlib.crc32(bytes_of(tensor))
+
+
+def header_of(plan: TensorPlan) -> bytes:
+    """The length and the JSON header of a file with these tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
     for name, (dtype, shape) in plan.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        if shards[-1] and filled + nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += nbytes
-    return shards
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _layout(path: Path, plan: TensorPlan) -> dict[str, TensorInfo]:
+    tensors, offset = {}, len(header_of(plan))
+    for name, (dtype, shape) in plan.items():
+        tensors[name] = TensorInfo(dtype, shape, path, offset)
+        offset += tensors[name].nbytes
+    return tensors
 
 
 def total_bytes(infos: Iterable[TensorInfo]) -> int:

@@ -34,6 +34,10 @@ class Source(Protocol):
         """Its type."""
         ...
 
+    def where(self, piece: HfPiece) -> Path:
+        """The file or folder it comes from, for messages."""
+        ...
+
 
 def verify_checkpoint(a: str | Path, b: str | Path) -> list[str]:
     """Compare two checkpoints, each a Hugging Face or a Megatron folder, tensor by tensor and bit by bit.

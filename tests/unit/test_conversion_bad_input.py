@@ -272,16 +272,21 @@ def test_the_space_for_the_new_rows_is_needed_too(
         inject_zero_experts(static, tmp_path / "out")
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import megatron_zeda.conversion.exporting as exporting
+def test_a_run_interrupted_in_its_first_file_leaves_nothing(
+    tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
 
     hf_to_megatron(static, tmp_path / "megatron")
+    write, calls = SafetensorsWriter.write, []
 
-    def interrupted(items: Any, what: str) -> Any:
-        yield from list(items)[:10]
-        raise KeyboardInterrupt
+    def interrupted(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        write(*args, **options)
 
-    monkeypatch.setattr(exporting, "progress", interrupted)
+    monkeypatch.setattr(SafetensorsWriter, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert nothing_beside(tmp_path / "out")
@@ -298,37 +303,55 @@ def test_a_conversion_that_does_not_verify_is_not_shown(
     assert nothing_beside(tmp_path / "out")
 
 
-def test_an_export_that_does_not_verify_is_not_shown(
-    tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _corrupt_writes(monkeypatch: pytest.MonkeyPatch, target: str, row: int) -> None:
+    """One flipped sign in one row of one tensor, between the source and the disk."""
     from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
 
-    hf_to_megatron(static, tmp_path / "megatron")
     write = SafetensorsWriter.write
-    monkeypatch.setattr(SafetensorsWriter, "write", lambda self, name, tensor, slot: write(self, name, -tensor, slot))
-    with pytest.raises(ZedaError, match="verification failed"):
-        megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
-    assert nothing_beside(tmp_path / "out")
+
+    def corrupt(self: Any, name: str, tensor: torch.Tensor, slot: int | None = None, **options: Any) -> None:
+        if name == target:
+            tensor = tensor.clone()
+            tensor[row, 3] *= -1
+        write(self, name, tensor, slot, **options)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", corrupt)
 
 
 @pytest.mark.parametrize("target", ["model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.gate.weight"])
 @pytest.mark.parametrize("row", [0, -1])
-def test_an_injection_that_does_not_verify_is_not_shown(
+def test_an_output_that_does_not_verify_is_not_shown(
     tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch, target: str, row: int
 ) -> None:
-    """One flipped sign, in a kept tensor, in a kept row of a gate or in a new one."""
-    from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
+    """In a kept tensor, in a kept row of a gate or in a new one."""
+    hf_to_megatron(static, tmp_path / "megatron")
+    _corrupt_writes(monkeypatch, target, row)
+    for action in (
+        lambda: inject_zero_experts(static, tmp_path / "out"),
+        lambda: megatron_to_hf(tmp_path / "megatron", tmp_path / "out"),
+    ):
+        with pytest.raises(ZedaError, match=f"safetensors: verification failed: {target} was not read back"):
+            action()
+        assert nothing_beside(tmp_path / "out")
 
-    write = SafetensorsWriter.write
 
-    def corrupt(self: Any, name: str, tensor: torch.Tensor, slot: int | None = None) -> None:
-        if name == target:
-            tensor = tensor.clone()
-            tensor[row, 3] *= -1
-        write(self, name, tensor, slot)
+@pytest.mark.parametrize("place", [20, -1, -3000])
+def test_a_bit_that_flips_on_the_disk_is_found(
+    tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """In the header, at the end, in the middle: after the file was written and before it is read back."""
+    import megatron_zeda.conversion.safetensors_io as safetensors_io
 
-    monkeypatch.setattr(SafetensorsWriter, "write", corrupt)
-    with pytest.raises(ZedaError, match=f"verification failed.*{target}: 1 of"):
+    drop = safetensors_io.drop_from_cache
+
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data)
+        drop(path)
+
+    monkeypatch.setattr(safetensors_io, "drop_from_cache", flip)
+    with pytest.raises(ZedaError, match=r"model\.safetensors"):
         inject_zero_experts(static, tmp_path / "out")
     assert nothing_beside(tmp_path / "out")
 

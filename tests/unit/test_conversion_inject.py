@@ -63,8 +63,9 @@ def test_tokenizer_and_templates_travel_but_code_and_pickles_do_not(tmp_path: Pa
     (source / "additional_chat_templates/tools.jinja").write_text("tools")
     inject_zero_experts(source, tmp_path / "out")
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    ours = {"config.json", "model.safetensors", "zeda_manifest.json", "modeling_zeda_qwen3_moe.py"}
-    assert names == {*kept, *ours, "generation_config.json", "additional_chat_templates/tools.jinja"}
+    code = {"modeling_zeda_qwen3_moe.py", "modeling_zeda_base.py"}
+    ours = {"config.json", "model.safetensors", "zeda_manifest.json"}
+    assert names == {*kept, *ours, *code, "generation_config.json", "additional_chat_templates/tools.jinja"}
 
 
 def test_a_second_injection_is_refused(tmp_path: Path, dynamic: Path) -> None:

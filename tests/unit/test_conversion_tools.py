@@ -153,9 +153,7 @@ def test_an_unreadable_input_is_named_while_the_output_is_being_written(
         if Path(path).name == "tokenizer.json":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("megatron_zeda.conversion.hf_folder.shutil.copyfile", denied)
-    if name == "hf_to_megatron":
-        monkeypatch.setattr("megatron_zeda.conversion.importing.shutil.copyfile", denied)
+    monkeypatch.setattr(shutil, "copyfile", denied)
     line = _error(tools[name], _arguments(name, str(source), str(tmp_path / "out")), capsys)
     assert line == f"error: {source}/tokenizer.json: cannot be read (Permission denied)"
     monkeypatch.setattr(os, "preadv", _broken_disk)
@@ -184,7 +182,7 @@ def test_a_terminated_run_leaves_nothing(
 
     written = []
 
-    def write(self: Any, name: str, *args: Any) -> None:
+    def write(self: Any, name: str, *args: Any, **options: Any) -> None:
         written.append(name)
         if len(written) == 5:
             assert any(".partial" in path.name for path in tmp_path.iterdir())

@@ -1,0 +1,141 @@
+"""What runs beside a conversion: flushing and verifying finished files, hashing the source. Threads, one each."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megatron_zeda.conversion.folders import OutputFolder, read_errors
+from megatron_zeda.errors import InputError
+
+_CHUNK_BYTES = 1 << 22
+
+
+class Verifier:
+    """Verify a written file while the next one is being written.
+
+    with Verifier(out) as verifier:
+        for name in names:
+            ...                                  # write out.partial / name
+            verifier.submit(name, check)         # check() reads it back and returns its SHA-256
+    """
+
+    def __init__(self, out: OutputFolder) -> None:
+        self._out = out
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._flushes: list[Future[None]] = []
+        self._pending: tuple[str, Future[str], dict[str, Any]] | None = None
+
+    def flush(self, descriptor: int) -> None:
+        """Start to bring what was written of an open file to the disk, so that the end has less to wait for."""
+        copy = os.dup(descriptor)  # the file may be closed before its turn comes
+
+        def work() -> None:
+            try:
+                os.fdatasync(copy)
+            finally:
+                os.close(copy)
+
+        self._flushes.append(self._thread.submit(work))
+
+    def submit(self, file: str, check: Callable[[], str], **record: Any) -> None:
+        """Verify a closed file. Waits for the one before, so that at most two are unfinished.
+
+        Raises:
+            ZedaError: what ``check`` of the file before raised.
+        """
+        self.wait()
+        self._pending = file, self._thread.submit(check), record
+
+    def wait(self) -> None:
+        """Wait for everything, and put a verified file into the journal."""
+        for flush in self._flushes:
+            flush.result()
+        self._flushes.clear()
+        if self._pending is not None:
+            file, future, record = self._pending
+            self._out.finish_file(file, sha256=future.result(), **record)
+            self._pending = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+
+class SourceHashes:
+    """Hash source files in the background, and compare with what is known of them.
+
+    Reading ahead of the conversion, the thread also brings the files into the page cache, so the disk reads them once.
+    """
+
+    def __init__(self, files: Mapping[str, Path], known: Mapping[str, str] | None = None) -> None:
+        """Start.
+
+        Args:
+            files: name -> file, in the order in which the conversion will read them.
+            known: name -> SHA-256 that the file must have.
+        """
+        self._files, self._known = dict(files), dict(known or {})
+        self._stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._future = self._thread.submit(self._work)
+
+    def check(self) -> None:
+        """Raise at once if a file was found wrong already."""
+        if self._future.done():
+            self._future.result()
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """Wait; name -> bytes and SHA-256.
+
+        Raises:
+            InputError: if a file cannot be read, or is not the one that its origin says.
+        """
+        return self._future.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.shutdown()
+
+    def _work(self) -> dict[str, dict[str, Any]]:
+        hashes: dict[str, dict[str, Any]] = {}
+        for name, path in self._files.items():
+            digest, size = hashlib.sha256(), 0
+            for chunk in self._chunks(path):
+                digest.update(chunk)
+                size += len(chunk)
+            hashes[name] = {"bytes": size, "sha256": digest.hexdigest()}
+            expected = self._known.get(name)
+            if expected is not None and expected != digest.hexdigest() and not self._stop.is_set():
+                raise InputError(
+                    "the file is not the one that was downloaded or written",
+                    where=path,
+                    value=f"sha256 {digest.hexdigest()}",
+                    rule=f"sha256 {expected} by the records beside it",
+                    fix="download or convert it again",
+                )
+        return hashes
+
+    def _chunks(self, path: Path) -> Iterable[bytes]:
+        with read_errors(path), path.open("rb", buffering=0) as file:
+            while not self._stop.is_set() and (chunk := file.read(_CHUNK_BYTES)):
+                yield chunk

@@ -1,0 +1,115 @@
+"""The one writer of Hugging Face weights: any source in, verified shards and a true index out, one file at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_zeda.conversion.background import Verifier
+from megatron_zeda.conversion.checks import require_finite
+from megatron_zeda.conversion.folders import OutputFolder
+from megatron_zeda.conversion.hf_folder import pieces_of
+from megatron_zeda.conversion.ledger import Ledger
+from megatron_zeda.conversion.progress import ByteProgress
+from megatron_zeda.conversion.safetensors_io import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsWriter,
+    TensorPlan,
+    checksum,
+    header_of,
+)
+from megatron_zeda.conversion.verification import Source
+from megatron_zeda.models import HfPiece
+
+DEFAULT_SHARD_BYTES = 4 * 10**9
+_FLUSH_BYTES = 1 << 28  # the disk works while the next tensors are read
+
+
+def write_hf(
+    view: Source, out: OutputFolder, *, shard_bytes: int | None = DEFAULT_SHARD_BYTES, what: str = "write"
+) -> dict[str, Any]:
+    """Write the weights of ``view``, and the index if there are several files.
+
+    Every piece is read once, written once, and read back from the disk. Files that an earlier run finished are kept.
+    Pieces go to the files in the order of ``view.rows`` and ``view.carried``.
+
+    Args:
+        view: what the output shall hold.
+        out: where; configuration and other small files are the caller's.
+        shard_bytes: a new file starts when a tensor would go beyond this; None for one file.
+        what: label of the progress bar.
+
+    Returns:
+        ``num_tensors``, ``num_carried`` (of them) and ``num_bytes``.
+
+    Raises:
+        InputError: for a weight that is not finite, or a source that cannot be read.
+        ZedaError: if a file is not read back as it was written.
+    """
+    pieces = pieces_of([*view.rows, *view.carried])
+    plan: TensorPlan = {piece.name: (view.dtype(piece), piece.tensor_shape) for piece in pieces}
+    files = plan_files(plan, shard_bytes)
+    sizes = {name: sum(_nbytes(*plan[tensor]) for tensor in tensors) for name, tensors in files.items()}
+    out.need_space(sum(sizes[name] + len(header_of(part)) for name, part in files.items()))
+    ledger = Ledger(map(str, pieces), what="read", where=out.path)
+    by_name: dict[str, list[HfPiece]] = {}
+    file_of = {tensor: name for name, tensors in files.items() for tensor in tensors}
+    for piece in pieces:
+        by_name.setdefault(file_of[piece.name], []).append(piece)
+    with ByteProgress(what, sum(sizes.values())) as bar, Verifier(out) as verifier:
+        for name, tensors in files.items():
+            for piece in by_name[name]:
+                ledger.tick(str(piece))
+            if out.done(name) is not None:
+                bar.skip(sizes[name])
+                continue
+            slots = {piece.name: piece.num_slots for piece in by_name[name] if piece.slot is not None}
+            with SafetensorsWriter(out.partial / name, tensors, slots=slots) as writer:
+                _fill(writer, view, by_name[name], verifier, bar)
+            verifier.submit(name, writer.verify)
+    ledger.close()
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(file_of.items()))}
+        out.write_json(INDEX_FILE, index)
+    carried = {piece.name for piece in pieces_of(view.carried)}
+    return {"num_tensors": len(plan), "num_carried": len(carried), "num_bytes": sum(sizes.values())}
+
+
+def _fill(
+    writer: SafetensorsWriter, view: Source, pieces: Sequence[HfPiece], verifier: Verifier, bar: ByteProgress
+) -> None:
+    waiting = 0
+    for piece in pieces:
+        tensor = view.read(piece)
+        require_finite(tensor, piece, view.where(piece))
+        writer.write(piece.name, tensor, piece.slot, checksum=checksum(tensor))
+        bar.advance(tensor.nbytes)
+        waiting += tensor.nbytes
+        if waiting >= _FLUSH_BYTES:
+            verifier.flush(writer.descriptor)
+            waiting = 0
+
+
+def plan_files(plan: TensorPlan, shard_bytes: int | None) -> dict[str, TensorPlan]:
+    """File name -> its tensors. Files are filled in the order of the plan."""
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in plan.items():
+        nbytes = _nbytes(dtype, shape)
+        if shards[-1] and shard_bytes is not None and filled + nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += nbytes
+    count = len(shards)
+    if count == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{number:05d}-of-{count:05d}.safetensors": part for number, part in enumerate(shards, start=1)}
+
+
+def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    return math.prod(shape) * dtype.itemsize
