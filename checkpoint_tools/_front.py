@@ -44,17 +44,27 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: list[str] | None = No
     try:
         code, result, lines = work(args)
     except ZedaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if args.json:
-            print(json.dumps({"error": str(error)}))
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
-        return 130
+        return _failed(str(error), error.exit_code, args.json)
+    except KeyboardInterrupt as error:
+        what_stays = getattr(error, "__notes__", None) or ["nothing was written"]
+        return _failed("; ".join(["interrupted", *what_stays]), 130, args.json)
     print(json.dumps(result) if args.json else "\n".join(lines))
     return code
 
 
+def size_of(result: dict[str, Any]) -> str:
+    """Tensors and bytes of a conversion, in words."""
+    carried = f" ({result['num_carried']} of them carried)" if result.get("num_carried") else ""
+    return f"{result['num_tensors']} tensors{carried}, {result['num_bytes']} bytes"
+
+
+def _failed(message: str, code: int, as_json: bool) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message}))
+    return code
+
+
 def _terminate(number: int, frame: object) -> NoReturn:
-    # An exception, so that unfinished output is removed on the way out.
+    # An exception, so that the way out is the one of an interruption: finished files stay, anything else goes.
     raise KeyboardInterrupt

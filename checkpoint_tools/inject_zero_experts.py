@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _front import make_parser, run
+from _front import make_parser, run, size_of
 
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
@@ -18,7 +18,8 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
 
     result = inject_zero_experts(args.input, args.output, num_zero_experts=args.num_zero_experts, seed=args.seed)
     real, zero = result["num_experts"], result["num_zero_experts"]
-    return 0, result, [f"{args.output}: {real} real + {zero} zero experts, seed {args.seed}"]
+    experts = f"{real} real + {zero} zero experts, seed {args.seed}"
+    return 0, result, [f"{args.output}: {experts}, {size_of(result)}, verified"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _front import make_parser, run
+from _front import make_parser, run, size_of
 
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion import megatron_to_hf
 
-    result = megatron_to_hf(args.megatron, args.hf, iteration=args.iteration)
-    size = f"{result['num_tensors']} tensors, {result['num_bytes']} bytes"
-    return 0, result, [f"{args.hf}: iteration {result['iteration']}, {size}, verified"]
+    result = megatron_to_hf(args.megatron, args.hf, iteration=args.iteration, hf_config=args.hf_config)
+    return 0, result, [f"{args.hf}: iteration {result['iteration']}, {size_of(result)}, verified"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--hf", type=Path, required=True, help="folder to create")
     parser.add_argument("--iteration", type=int, help="which iteration; the newest if not given")
+    parser.add_argument(
+        "--hf-config",
+        type=Path,
+        help="folder with config.json and tokenizer of the model, for a checkpoint made by other tools",
+    )
     return run(parser, _work, argv)
 
 

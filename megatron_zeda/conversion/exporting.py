@@ -20,28 +20,31 @@ def megatron_to_hf(
     hf: str | Path,
     *,
     iteration: int | None = None,
+    hf_config: str | Path | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> dict[str, Any]:
     """Export one iteration, saved at any parallel layout, with or without optimizer state.
 
     Experts are written in the layout that was imported, one file or shards likewise. Dynamic exports carry their
     modelling code: ``AutoModelForCausalLM.from_pretrained(hf, trust_remote_code=True)`` loads them on stock
-    transformers. The result is read back and compared before it becomes visible.
+    transformers. Every weight is read back from the disk and compared with what the source gave before the folder
+    becomes visible. An interrupted run is continued by the same call.
 
     Args:
-        megatron: Megatron checkpoint folder, or one of its ``iter_*`` folders.
+        megatron: Megatron checkpoint folder, or one of its ``iter_*`` or ``release`` folders.
         hf: folder to create.
         iteration: which iteration; the newest by default.
+        hf_config: folder with ``config.json`` and tokenizer, for a checkpoint that no import of ours made.
         shard_bytes: largest weight file, if the source had several.
 
     Returns:
-        A summary: iteration, number of tensors and bytes, zero experts.
+        A summary: iteration, number of tensors, of those carried beside the model, and bytes, zero experts.
 
     Raises:
         InputError: for an input that is not a complete Megatron checkpoint of a known family, or an output that exists.
         ZedaError: for pickles that are not only data, or a full disk.
     """
-    source = MegatronFolder(megatron, iteration=iteration)
+    source = MegatronFolder(megatron, iteration=iteration, hf_config=hf_config)
     limit = shard_bytes if source.manifest.get("sharded", True) else None
     files = _source_files(source)
     plan = make_plan("export", files, shard_bytes=limit)
