@@ -2,69 +2,205 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_zeda.conversion.folders import need_space, new_folder, write_json
-from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, pieces_of
+from megatron_zeda.conversion.background import SourceHashes, Verifier
+from megatron_zeda.conversion.checks import fingerprint, require_finite
+from megatron_zeda.conversion.folders import OutputFolder, drop_from_cache, sha256
+from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, pieces_of
 from megatron_zeda.conversion.ledger import Ledger
-from megatron_zeda.conversion.manifest import KEY_STYLE, MANIFEST_FILE, make_manifest
-from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder, iteration_dir, write_latest_iteration
-from megatron_zeda.conversion.safetensors_io import total_bytes
-from megatron_zeda.conversion.torch_dist_writer import write_torch_dist
-from megatron_zeda.conversion.verification import require_equal
-from megatron_zeda.errors import InputError
-from megatron_zeda.models import WeightRow
+from megatron_zeda.conversion.manifest import KEY_STYLE, make_manifest, make_plan
+from megatron_zeda.conversion.megatron_io import HF_FOLDER, RELEASE, MegatronFolder, unpack_row, write_latest_iteration
+from megatron_zeda.conversion.origins import known_hashes
+from megatron_zeda.conversion.pickles import check_pickles
+from megatron_zeda.conversion.progress import ByteProgress
+from megatron_zeda.conversion.safetensors_io import SafetensorsWriter, checksum
+from megatron_zeda.conversion.torch_dist import TorchDistReader
+from megatron_zeda.conversion.torch_dist_writer import DEFAULT_FILE_BYTES, DataFile, Spans, TorchDistWriter
+from megatron_zeda.conversion.verification import Source
+from megatron_zeda.errors import InputError, ZedaError
+from megatron_zeda.models import HfPiece, WeightRow
+
+_FLUSH_BYTES = 1 << 28  # the disk works while the next blocks are read
 
 
-def hf_to_megatron(hf: str | Path, megatron: str | Path) -> dict[str, Any]:
+def hf_to_megatron(hf: str | Path, megatron: str | Path, *, file_bytes: int = DEFAULT_FILE_BYTES) -> dict[str, Any]:
     """Convert a static or dynamic Hugging Face checkpoint; loads at any parallel layout.
 
-    Weights keep their bits and their types. No model is built, and one block of weights is in memory at a time. The
-    result is read back and compared with the source before it becomes visible.
+    Weights keep their bits and their types. No model is built, and one block of weights is in memory at a time. Every
+    file is read back from the disk and compared with the source before it counts as written. Killed and started
+    again, the conversion goes on after the last finished file, and the result is the same to the byte.
 
     Args:
         hf: Hugging Face folder.
         megatron: folder to create, see :mod:`megatron_zeda.conversion.megatron_io`.
+        file_bytes: a new data file starts when a block would go beyond this.
 
     Returns:
         The manifest that was written.
 
     Raises:
         InputError: for an input that is not a complete checkpoint of a known family, or an output that exists.
-        ZedaError: if the disk is full.
+        ZedaError: if the disk is full, or a file is not read back as it was written.
     """
-    with HfFolder(hf) as source, new_folder(megatron) as folder:
-        need_space(folder, total_bytes(source.reader.tensors.values()))
-        iteration_dir(folder, 0).mkdir()
-        (folder / HF_FOLDER).mkdir()
-        ledger = Ledger(map(str, pieces_of(source.rows)), what="read", where=source.path)
+    with HfFolder(hf) as source:
+        dtypes = _dtypes(source)
+        files = source.source_files()
+        plan = make_plan("hf_to_megatron", files, file_bytes=file_bytes)
+        with (
+            OutputFolder(megatron, plan=plan) as out,
+            SourceHashes(files, known_hashes(source.path)) as hashes,
+        ):
+            summary = write_megatron(source, dtypes, out, file_bytes=file_bytes)
+            out.write_json(f"{HF_FOLDER}/config.json", source.config)
+            copy_side_files(source.path, out.partial / HF_FOLDER)
+            write_latest_iteration(out.partial, RELEASE)
+            MegatronFolder(out.partial)  # opens as a user will open it
+            out.manifest = make_manifest(
+                source,
+                files=hashes.result(),
+                key_style=KEY_STYLE,
+                expert_layout=source.layout,
+                sharded=source.reader.sharded,
+                **summary,
+            )
+        return out.manifest
+
+
+def write_megatron(
+    view: Source, dtypes: dict[str, torch.dtype], out: OutputFolder, *, file_bytes: int = DEFAULT_FILE_BYTES
+) -> dict[str, Any]:
+    """Write the weights of ``view`` as ``release/``, and what it carries beside the model.
+
+    Args:
+        view: what the output shall hold.
+        dtypes: Megatron key -> type.
+        out: where; configuration and other small files are the caller's.
+        file_bytes: a new data file starts when a block would go beyond this.
+
+    Returns:
+        ``num_tensors``, ``num_carried`` (of them) and ``num_bytes``.
+
+    Raises:
+        InputError: for a weight that is not finite, or a source that cannot be read.
+        ZedaError: if a file is not read back as it was written.
+    """
+    state = {"iteration": 0, "checkpoint_version": 3.0}
+    writer = TorchDistWriter(out.partial / RELEASE, view.rows, dtypes, state, file_bytes=file_bytes)
+    carried = pieces_of(view.carried)
+    beside = sum(_nbytes(view, piece) for piece in carried)
+    total = beside + sum(file.nbytes for file in writer.files)
+    out.need_space(total)
+    pieces = pieces_of([*view.rows, *view.carried])
+    with ByteProgress("import", total) as bar, Verifier(out) as verifier:
+        work = _Import(view, out, writer, verifier, bar, Ledger(map(str, pieces), what="read", where=out.path))
+        spans = {file.name: work.data_file(file) for file in writer.files}
+        if carried:
+            work.carried_file(carried, beside)
+        work.ledger.close()
+    writer.finish(spans)
+    if check_pickles(out.partial / RELEASE) != writer.metadata(spans):
+        raise ZedaError("verification failed: not what was written", where=out.partial / RELEASE / ".metadata")
+    names = {piece.name for piece in pieces}
+    return {"num_tensors": len(names), "num_carried": len({piece.name for piece in carried}), "num_bytes": total}
+
+
+class _Import:
+    """The parts that one file after another needs."""
+
+    def __init__(
+        self,
+        view: Source,
+        out: OutputFolder,
+        writer: TorchDistWriter,
+        verifier: Verifier,
+        bar: ByteProgress,
+        ledger: Ledger,
+    ) -> None:
+        self._view, self._out, self._writer, self._verifier, self._bar = view, out, writer, verifier, bar
+        self.ledger = ledger
+
+    def data_file(self, file: DataFile) -> Spans:
+        """Write one file of ``release/``, unless an earlier run did; return where its blocks are."""
+        name = f"{RELEASE}/{file.name}"
+        record = self._out.done(name)
+        if record is not None:
+            for piece in pieces_of(file.rows):
+                self.ledger.tick(str(piece))
+            self._writer.skip(file)
+            self._bar.skip(file.nbytes)
+            return [(offset, length) for offset, length in record["spans"]]
+        path, prints, waiting = self._out.partial / name, dict[HfPiece, bytes](), 0
 
         def load(row: WeightRow) -> torch.Tensor:
-            for piece in row.pieces:
-                ledger.tick(str(piece))
-            return row.packing.pack([source.read(piece) for piece in row.pieces])
+            nonlocal waiting
+            tensors = [self._read(piece) for piece in row.pieces]
+            prints.update(zip(row.pieces, map(fingerprint, tensors), strict=True))
+            block = row.packing.pack(tensors)
+            waiting += block.nbytes
+            if waiting >= _FLUSH_BYTES:
+                waiting = 0
+                self._flush(path)
+            return block
 
-        state = {"iteration": 0, "checkpoint_version": 3.0}
-        write_torch_dist(iteration_dir(folder, 0), source.rows, _dtypes(source), load, state)
-        count = ledger.close()
-        manifest = make_manifest(
-            source,
-            key_style=KEY_STYLE,
-            expert_layout=source.layout,
-            sharded=source.reader.sharded,
-            num_tensors=count,
-            num_bytes=total_bytes(source.reader.tensors.values()),
-        )
-        write_json(folder / MANIFEST_FILE, manifest)
-        shutil.copyfile(source.path / "config.json", folder / HF_FOLDER / "config.json")
-        copy_side_files(source.path, folder / HF_FOLDER)
-        write_latest_iteration(folder, 0)
-        require_equal(source, MegatronFolder(folder), Path(megatron))
-    return manifest
+        spans = self._writer.write(file, load)
+        metadata = self._writer.metadata({file.name: spans})
+        reader = TorchDistReader(path.parent, metadata)
+        self._verifier.submit(name, lambda: _verify(path, reader, file, prints), spans=spans)
+        return spans
+
+    def carried_file(self, pieces: list[HfPiece], nbytes: int) -> None:
+        """Write what lies beside the model."""
+        name = f"{HF_FOLDER}/{CARRIED_FILE}"
+        if self._out.done(name) is not None:
+            for piece in pieces:
+                self.ledger.tick(str(piece))
+            self._bar.skip(nbytes)
+            return
+        path = self._out.partial / name
+        path.parent.mkdir(exist_ok=True)
+        plan = {piece.name: (self._view.dtype(piece), piece.tensor_shape) for piece in pieces}
+        with SafetensorsWriter(path, plan) as writer:
+            for piece in pieces:
+                tensor = self._read(piece)
+                writer.write(piece.name, tensor, piece.slot, checksum=checksum(tensor))
+        self._verifier.submit(name, writer.verify)
+
+    def _read(self, piece: HfPiece) -> torch.Tensor:
+        self.ledger.tick(str(piece))
+        tensor = self._view.read(piece)
+        require_finite(tensor, piece, self._view.where(piece))
+        self._bar.advance(tensor.nbytes)
+        return tensor
+
+    def _flush(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self._verifier.flush(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _verify(path: Path, reader: TorchDistReader, file: DataFile, prints: dict[HfPiece, bytes]) -> str:
+    """Read a file back from the disk, as an export does; return its SHA-256."""
+    drop_from_cache(path)
+    for row in file.rows:
+        for piece, tensor in unpack_row(row, reader.read(row)):
+            if fingerprint(tensor) != prints[piece]:
+                raise ZedaError(
+                    f"verification failed: {piece} was not read back as the source gave it",
+                    where=path,
+                    fix="run the command again; if it fails again, suspect the disk or the memory",
+                )
+    return sha256(path)
+
+
+def _nbytes(view: Source, piece: HfPiece) -> int:
+    return int(torch.Size(piece.shape).numel()) * view.dtype(piece).itemsize
 
 
 def _dtypes(source: HfFolder) -> dict[str, torch.dtype]:

@@ -7,8 +7,6 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
@@ -62,29 +60,10 @@ class TorchDistReader:
         }
         self._chunks: dict[tuple[str, tuple[int, ...] | None], list[ChunkStorageMetadata]] = {}
         self._known: dict[MetadataIndex, ArchivedTensor] = {}
-        self._files: dict[Path, int] = {}
-
-    def close(self) -> None:
-        """Close the files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def dtype(self, key: str) -> torch.dtype:
         """Type of a tensor."""
         return self.tensors[key].properties.dtype
-
-    def files_of(self, key: str) -> set[str]:
-        """Names of the files that hold pieces of a tensor."""
-        return {info.relative_path for index, info in self._storage.items() if index.fqn == key}
 
     def read(self, row: WeightRow) -> torch.Tensor:
         """Read one block of the table; do not change it, several blocks may share memory.
@@ -172,14 +151,12 @@ class TorchDistReader:
             raise ZedaError("compressed checkpoints are not supported", where=path, value=info.transform_descriptors)
         data = bytearray(length)
         view, done = memoryview(data), 0
-        while done < length:
-            with read_errors(path):
-                if path not in self._files:
-                    self._files[path] = os.open(path, os.O_RDONLY)
-                count = os.preadv(self._files[path], [view[done:]], info.offset + begin + done)
-            if not count:
-                raise InputError("the file ended early", where=path, value=_name(index), fix="copy it again")
-            done += count
+        # Opened anew each time: a large job's checkpoint has more files than a process may have open.
+        with read_errors(path), path.open("rb", buffering=0) as file:
+            while done < length and (count := os.preadv(file.fileno(), [view[done:]], info.offset + begin + done)):
+                done += count
+        if done < length:
+            raise InputError("the file ended early", where=path, value=_name(index), fix="copy it again")
         return data
 
 

@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import (
+    CURRENT_DCP_VERSION,
+    FileSystemWriter,
+    _StorageInfo,
+    _StoragePrefix,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -109,6 +114,7 @@ class TorchDistWriter:
         """What ``.metadata`` says of the files of which ``spans`` speaks (file name -> what :meth:`write` returned)."""
         plans = [self._plan(file) for file in self.files if file.name in spans]
         _, metadata = create_default_global_save_plan(plans)
+        metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data = {
             result.index: result.storage_data for results in self._results(plans, spans) for result in results
         }

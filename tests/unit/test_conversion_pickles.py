@@ -169,7 +169,7 @@ def test_a_block_that_is_not_covered_is_refused(tmp_path: Path) -> None:
 
 def test_export_refuses_a_bomb_and_leaves_nothing(tmp_path: Path, static: Path, fuse: Path) -> None:
     hf_to_megatron(static, tmp_path / "megatron")
-    torch.save({"args": Bomb(fuse)}, tmp_path / "megatron/iter_0000000/common.pt")
+    torch.save({"args": Bomb(fuse)}, tmp_path / "megatron/release/common.pt")
     with pytest.raises(ZedaError, match="open"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert not fuse.exists()

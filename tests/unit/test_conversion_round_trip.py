@@ -25,7 +25,7 @@ from checkpoints import (
 from safetensors.torch import save_file
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf, verify_checkpoint
-from megatron_zeda.conversion.megatron_io import iteration_dir, latest_iteration, read_manifest
+from megatron_zeda.conversion.megatron_io import latest_checkpoint_dir, latest_iteration, read_manifest
 from megatron_zeda.conversion.torch_dist import TorchDistReader
 from megatron_zeda.conversion.torch_dist_writer import write_torch_dist
 from megatron_zeda.models import HfPiece, WeightRow, load_hf_config
@@ -67,10 +67,10 @@ def test_megatron_folder_is_megatron_lm_s(tmp_path: Path, static: Path) -> None:
 
     folder = tmp_path / "new" / "megatron"
     hf_to_megatron(static, folder)
-    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "0\n"
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "release\n"
     assert latest_iteration(folder) == 0
-    inside = folder / "iter_0000000"
-    assert iteration_dir(folder, 0) == inside
+    inside = folder / "release"
+    assert latest_checkpoint_dir(folder) == inside
     assert maybe_load_config(str(inside)).sharded_backend == "torch_dist"
     assert load_common_state_dict(str(inside)) == {"iteration": 0, "checkpoint_version": 3.0}
     shapes = {key: tuple(tensor.global_shape) for key, tensor in load_tensors_metadata(str(inside)).items()}
@@ -94,7 +94,7 @@ def test_static_megatron_logits_are_stock_transformers(megatron: None, tmp_path:
     hf = make_hf(tmp_path / "hf", **changes)
     hf_to_megatron(hf, tmp_path / "megatron")
     model = megatron_model(load_hf_config(hf))
-    load_megatron(model, tmp_path / "megatron/iter_0000000")
+    load_megatron(model, tmp_path / "megatron/release")
     expected = load_hf_model(hf)(IDS).logits
     assert expected.std() > 0.5  # the comparison means something
     torch.testing.assert_close(megatron_logits(model, IDS), expected, atol=1e-5, rtol=0)
@@ -109,7 +109,7 @@ def test_dynamic_megatron_logits_are_the_export_s_and_dense_zeros(
     hf_to_megatron(tmp_path / "dynamic", tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
     model = megatron_model(load_hf_config(tmp_path / "megatron/hf"))
-    load_megatron(model, tmp_path / "megatron/iter_0000000")
+    load_megatron(model, tmp_path / "megatron/release")
     logits = megatron_logits(model, IDS)
     exported = load_hf_model(tmp_path / "export")(IDS).logits
     oracle = load_hf_model(make_dense_zeros(tmp_path / "dynamic", tmp_path / "dense"))(IDS).logits
@@ -123,7 +123,7 @@ def test_the_dial_reaches_megatron(megatron: None, tmp_path: Path, static: Path,
     edit_config(dynamic, tmp_path / "off", zeda_zero_logit_bias=float("-inf"))
     hf_to_megatron(tmp_path / "off", tmp_path / "megatron")
     model = megatron_model(load_hf_config(tmp_path / "megatron/hf"))
-    load_megatron(model, tmp_path / "megatron/iter_0000000")
+    load_megatron(model, tmp_path / "megatron/release")
     torch.testing.assert_close(megatron_logits(model, IDS), load_hf_model(static)(IDS).logits, atol=1e-5, rtol=0)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "export")
     torch.testing.assert_close(
