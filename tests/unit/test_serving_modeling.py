@@ -1,4 +1,7 @@
-"""The modelling file that travels with exports, on stock transformers."""
+"""The modelling files that travel with exports, on stock transformers.
+
+The oracle is the stock model of the family whose extra experts are all-zero matrices.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import ast
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import (
     EXPERTS,
-    LAYERS,
     TOPK,
     VOCAB,
     assert_same_bits,
@@ -22,67 +25,121 @@ from checkpoints import (
     make_hf,
     read_tensors,
 )
+from safetensors.torch import load_file, save_file
 
 import megatron_zeda.serving
 from megatron_zeda.conversion import inject_zero_experts
+from megatron_zeda.models import FAMILIES, family_for, load_hf_config
 
+BY_NAME = {family.name: family for family in FAMILIES}
+DRAFTING = [name for name in BY_NAME if name != "qwen3_moe"]
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 IDS = torch.arange(4 * 16).reshape(4, 16) * 11 % VOCAB
+ZERO = 2
+
+
+@pytest.fixture(scope="module", params=list(BY_NAME))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A static folder and the same with zero experts, of every family."""
+    folder = tmp_path_factory.mktemp(request.param)
+    static = make_hf(folder / "static", family=request.param)
+    inject_zero_experts(static, folder / "dynamic", num_zero_experts=ZERO)
+    return SimpleNamespace(family=BY_NAME[request.param], static=static, dynamic=folder / "dynamic")
+
+
+def _expert_layers(model: Any) -> list[Any]:
+    return [layer for layer in model.model.layers if hasattr(layer.mlp, "gate")]
 
 
 def _record_gates(model: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """What every router returns, in the way that the evaluation reads it."""
     outputs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for layer in model.model.layers:
+    for layer in _expert_layers(model):
         layer.mlp.gate.register_forward_hook(lambda module, args, output: outputs.append(output))
     return outputs
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("normalised", [True, False])
-def test_logits_are_those_of_dense_zero_experts(tmp_path: Path, implementation: str, normalised: bool) -> None:
-    make_hf(tmp_path / "hf", norm_topk_prob=normalised)
-    inject_zero_experts(tmp_path / "hf", tmp_path / "dynamic", num_zero_experts=3)
+@pytest.mark.parametrize("family", list(BY_NAME))
+@pytest.mark.parametrize("num_zero", [1, 3])
+def test_logits_are_those_of_dense_zero_experts(
+    tmp_path: Path, implementation: str, family: str, num_zero: int
+) -> None:
+    make_hf(tmp_path / "hf", family=family, seed=num_zero)
+    inject_zero_experts(tmp_path / "hf", tmp_path / "dynamic", num_zero_experts=num_zero)
     oracle = load_hf_model(make_dense_zeros(tmp_path / "dynamic", tmp_path / "dense"))(IDS).logits
     model = load_hf_model(tmp_path / "dynamic", experts_implementation=implementation)
     torch.testing.assert_close(model(IDS).logits, oracle, atol=1e-5, rtol=0)
 
 
+def test_logits_without_normalised_weights(tmp_path: Path, dynamic: Path) -> None:
+    changed = edit_config(dynamic, tmp_path / "dynamic", norm_topk_prob=False)
+    oracle = load_hf_model(make_dense_zeros(changed, tmp_path / "dense"))(IDS).logits
+    torch.testing.assert_close(load_hf_model(changed)(IDS).logits, oracle, atol=1e-5, rtol=0)
+    assert not load_hf_model(dynamic)(IDS).logits.allclose(oracle, atol=1e-3)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_law_1_masked_zero_experts_give_the_teacher(static: Path, dynamic: Path, implementation: str) -> None:
-    teacher = load_hf_model(static, experts_implementation=implementation)(IDS).logits
-    student = load_hf_model(dynamic, zeda_zero_logit_bias=float("-inf"), experts_implementation=implementation)
+def test_law_1_masked_zero_experts_give_the_teacher(case: SimpleNamespace, implementation: str) -> None:
+    teacher = load_hf_model(case.static, experts_implementation=implementation)(IDS).logits
+    student = load_hf_model(case.dynamic, zeda_zero_logit_bias=float("-inf"), experts_implementation=implementation)
     gates = _record_gates(student)
     torch.testing.assert_close(student(IDS).logits, teacher, atol=1e-5, rtol=0)
     assert all((scores > 0).all() for _, scores, _ in gates)
 
 
-def test_what_a_router_returns(dynamic: Path) -> None:
-    model = load_hf_model(dynamic)
+def _defined(case: SimpleNamespace, gate: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K of N + Z by the definition in float64: ``chosen [T, K]`` and ``weights [T, K]``, normalised over all K."""
+    if case.family.name == "qwen3_moe":
+        top, chosen = logits.double().softmax(-1).topk(TOPK)
+        return chosen, top / top.sum(-1, keepdim=True)
+    scores = logits.double().sigmoid()
+    chosen = (scores + gate.e_score_correction_bias.double()).topk(TOPK).indices
+    top = scores.gather(-1, chosen)
+    return chosen, top / top.sum(-1, keepdim=True) * gate.routed_scaling_factor
+
+
+def test_what_a_router_returns(case: SimpleNamespace) -> None:
+    model = load_hf_model(case.dynamic)
     gates = _record_gates(model)
     model(IDS)
-    assert len(gates) == LAYERS
-    for logits, scores, ids in gates:
-        assert logits.shape == (IDS.numel(), EXPERTS + 2)
+    layers = _expert_layers(model)
+    assert len(gates) == len(layers) > 0
+    for layer, (logits, scores, ids) in zip(layers, gates, strict=True):
+        assert logits.shape == (IDS.numel(), EXPERTS + ZERO)
         assert scores.shape == ids.shape == (IDS.numel(), TOPK)
         assert ((ids >= 0) & (ids < EXPERTS)).all()
         assert (ids.sort(dim=-1).values.diff(dim=-1) > 0).all()  # distinct within a token
-        # The definition, in float64: K of N + Z, weights normalised over all K, zero experts dropped.
-        top, chosen = logits.double().softmax(-1).topk(TOPK)
-        weights = top / top.sum(-1, keepdim=True)
-        expected = torch.zeros(len(ids), EXPERTS + 2, dtype=torch.double).scatter(-1, chosen, weights)[:, :EXPERTS]
+        chosen, weights = _defined(case, layer.mlp.gate, logits)
+        expected = torch.zeros(len(ids), EXPERTS + ZERO, dtype=torch.double).scatter(-1, chosen, weights)
         got = torch.zeros(len(ids), EXPERTS, dtype=torch.double).scatter(-1, ids, scores.double())
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(got, expected[:, :EXPERTS], atol=1e-6, rtol=0)
         skipped = (scores == 0).float().mean()
         assert skipped == (chosen >= EXPERTS).float().mean()
         assert 0.05 < skipped < 0.95
 
 
+@pytest.mark.parametrize("family", list(BY_NAME))
+def test_a_real_expert_of_no_weight_is_not_counted_as_skipped(tmp_path: Path, family: str) -> None:
+    """A score may round to 0 in the model's dtype: the slot is the real expert's all the same."""
+    inject_zero_experts(make_hf(tmp_path / "hf", family=family), tmp_path / "dynamic", num_zero_experts=ZERO)
+    model = load_hf_model(tmp_path / "dynamic", zeda_zero_logit_bias=float("-inf"), dtype=torch.float16)
+    gate = _expert_layers(model)[0].mlp.gate
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.weight[1, 0] = -20.0 if family == "qwen3_moe" else -1e4
+        gate.weight[2:, 0] = -3e4
+    _, scores, _ = gate(torch.ones(1, 3, gate.weight.shape[-1], dtype=torch.float16))
+    assert (scores > 0).all()
+    assert (scores.min(dim=-1).values == torch.finfo(scores.dtype).tiny).all()
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_skipped_slots_never_enter_an_expert(dynamic: Path, implementation: str) -> None:
-    model = load_hf_model(dynamic, experts_implementation=implementation)
-    gates, rows = _record_gates(model), [0] * LAYERS
-    for number, layer in enumerate(model.model.layers):
+def test_skipped_slots_never_enter_an_expert(case: SimpleNamespace, implementation: str) -> None:
+    model = load_hf_model(case.dynamic, experts_implementation=implementation)
+    layers = _expert_layers(model)
+    gates, rows = _record_gates(model), [0] * len(layers)
+    for number, layer in enumerate(layers):
 
         def count(module: Any, args: Any, output: torch.Tensor, number: int = number) -> None:
             rows[number] += output.numel() // output.shape[-1]
@@ -94,41 +151,55 @@ def test_skipped_slots_never_enter_an_expert(dynamic: Path, implementation: str)
         assert entered < scores.numel()
 
 
-def test_the_dial_moves_the_skip_rate_monotonically(dynamic: Path) -> None:
-    model = load_hf_model(dynamic)
+def test_the_dial_moves_the_skip_rate_monotonically(case: SimpleNamespace) -> None:
+    model = load_hf_model(case.dynamic)
     gates, rates = _record_gates(model), []
-    for bias in (-100.0, -1.0, 0.0, 1.0, 100.0):
-        for layer in model.model.layers:
+    for bias in (-100.0, -0.2, 0.0, 0.2, 100.0):
+        for layer in _expert_layers(model):
             layer.mlp.gate.zero_logit_bias = bias
         gates.clear()
         model(IDS)
-        rates.append(sum(float((scores == 0).float().mean()) for _, scores, _ in gates) / LAYERS)
+        rates.append(sum(float((scores == 0).float().mean()) for _, scores, _ in gates) / len(gates))
     assert rates[0] == 0.0
     assert rates[-1] == 1.0  # Z = K: every slot can be a zero expert
     assert all(a < b for a, b in itertools.pairwise(rates))
 
 
-def test_gradients_are_those_of_dense_zero_experts(tmp_path: Path, dynamic: Path) -> None:
-    models = [load_hf_model(dynamic), load_hf_model(make_dense_zeros(dynamic, tmp_path / "dense"))]
+@pytest.mark.parametrize("family", DRAFTING)
+def test_the_dial_is_part_of_the_selection_bias(tmp_path: Path, family: str) -> None:
+    """Adding it to the tensor instead gives every engine the same model."""
+    inject_zero_experts(make_hf(tmp_path / "hf", family=family), tmp_path / "dynamic", num_zero_experts=ZERO)
+    turned = load_hf_model(edit_config(tmp_path / "dynamic", tmp_path / "turned", zeda_zero_logit_bias=0.3))
+    tensors = read_tensors(tmp_path / "dynamic")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[EXPERTS:] += 0.3
+    save_file(tensors, tmp_path / "dynamic/model.safetensors", metadata={"format": "pt"})
+    assert turned(IDS).logits.equal(load_hf_model(tmp_path / "dynamic")(IDS).logits)
+
+
+def test_gradients_are_those_of_dense_zero_experts(tmp_path: Path, case: SimpleNamespace) -> None:
+    models = [load_hf_model(case.dynamic), load_hf_model(make_dense_zeros(case.dynamic, tmp_path / "dense"))]
     for model in models:
         model(IDS, labels=IDS).loss.backward()
     sparse, dense = (dict(model.named_parameters()) for model in models)
     for name, parameter in sparse.items():
         expected = dense[name].grad
-        if "experts" in name:
+        if ".experts." in name:
             expected = expected[:EXPERTS]
         torch.testing.assert_close(parameter.grad, expected, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_torch_compile_gives_the_same_logits(dynamic: Path) -> None:
-    model = load_hf_model(dynamic)
+def test_torch_compile_gives_the_same_logits(case: SimpleNamespace) -> None:
+    model = load_hf_model(case.dynamic)
     expected = model(IDS).logits
+    torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(IDS).logits, expected, atol=1e-5, rtol=0)
 
 
-def test_generate_with_and_without_cache(dynamic: Path) -> None:
-    model = load_hf_model(dynamic)
+def test_generate_with_and_without_cache(case: SimpleNamespace) -> None:
+    model = load_hf_model(case.dynamic)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = model.generate(IDS[:2, :5], **options)
     assert cached.shape == (2, 13)
@@ -136,30 +207,79 @@ def test_generate_with_and_without_cache(dynamic: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_save_pretrained_round_trip(tmp_path: Path, tied: bool) -> None:
-    inject_zero_experts(make_hf(tmp_path / "hf", tie_word_embeddings=tied), tmp_path / "dynamic")
+@pytest.mark.parametrize("family", list(BY_NAME))
+def test_save_pretrained_round_trip(tmp_path: Path, family: str, tied: bool) -> None:
+    static = make_hf(tmp_path / "hf", family=family, tie_word_embeddings=tied)
+    inject_zero_experts(static, tmp_path / "dynamic")
     model = load_hf_model(tmp_path / "dynamic")
     model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved/modeling_zeda_qwen3_moe.py").exists()
+    for name in BY_NAME[family].modeling_files:
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "dynamic" / name).read_bytes()
     auto_map = [json.loads((tmp_path / name / "config.json").read_text())["auto_map"] for name in ("dynamic", "saved")]
     assert auto_map[0] == auto_map[1]
     assert_same_bits(read_tensors(tmp_path / "dynamic"), read_tensors(tmp_path / "saved"))
     assert load_hf_model(tmp_path / "saved")(IDS).logits.equal(model(IDS).logits)
+    # What transformers has saved is a checkpoint to the conversion tools.
+    assert family_for(load_hf_config(tmp_path / "saved")).name == family
 
 
-def test_auto_model_gives_the_headless_one(dynamic: Path) -> None:
+def test_auto_model_gives_the_headless_one(case: SimpleNamespace) -> None:
     from transformers import AutoModel
 
-    base = AutoModel.from_pretrained(dynamic, trust_remote_code=True).eval()
-    assert type(base).__name__ == "Qwen3MoePlusPlusModel"
-    assert base(IDS).last_hidden_state.equal(load_hf_model(dynamic).model(IDS).last_hidden_state)
+    base = AutoModel.from_pretrained(case.dynamic, trust_remote_code=True).eval()
+    assert type(base).__name__ == case.family.auto_map["AutoModel"].split(".")[1]
+    assert base(IDS).last_hidden_state.equal(load_hf_model(case.dynamic).model(IDS).last_hidden_state)
 
 
-def test_router_logits_can_be_asked_for_without_a_balancing_loss(dynamic: Path) -> None:
-    model = load_hf_model(dynamic)
+def test_router_logits_can_be_asked_for_without_a_balancing_loss(case: SimpleNamespace) -> None:
+    model = load_hf_model(case.dynamic)
     plain, asked = model(IDS, labels=IDS), model(IDS, labels=IDS, output_router_logits=True)
-    assert [tuple(logits.shape) for logits in asked.router_logits] == [(IDS.numel(), EXPERTS + 2)] * LAYERS
+    shapes = [tuple(logits.shape) for logits in asked.router_logits]
+    assert shapes == [(IDS.numel(), EXPERTS + ZERO)] * len(_expert_layers(model))
     assert asked.loss.equal(plain.loss)
+
+
+@pytest.mark.parametrize("family", DRAFTING)
+@pytest.mark.parametrize("auto_class", ["AutoModel", "AutoModelForCausalLM"])
+def test_drafting_layers_and_constants_of_vllm_are_ignored(tmp_path: Path, family: str, auto_class: str) -> None:
+    import transformers
+
+    static = make_hf(tmp_path / "hf", family=family, mtp=True)
+    inject_zero_experts(static, tmp_path / "dynamic", num_zero_experts=ZERO)
+    tensors = load_file(tmp_path / "dynamic/model.safetensors")
+    assert any(name.endswith("eh_proj.weight") for name in tensors)
+    tensors[f"model.layers.1.mlp.experts.{EXPERTS}.approx_value"] = torch.zeros(8)
+    save_file(tensors, tmp_path / "dynamic/model.safetensors", metadata={"format": "pt"})
+    _, report = getattr(transformers, auto_class).from_pretrained(
+        tmp_path / "dynamic", trust_remote_code=True, output_loading_info=True
+    )
+    head = {"lm_head.weight"} if auto_class == "AutoModel" else set()
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert set(report["unexpected_keys"]) == head
+
+
+@pytest.mark.parametrize("family", DRAFTING)
+def test_the_selection_bias_stays_in_float32(tmp_path: Path, family: str) -> None:
+    inject_zero_experts(make_hf(tmp_path / "hf", family=family, dtype=torch.bfloat16), tmp_path / "dynamic")
+    model = load_hf_model(tmp_path / "dynamic", dtype=torch.bfloat16)
+    gate = _expert_layers(model)[0].mlp.gate
+    assert gate.weight.dtype == torch.bfloat16
+    assert gate.e_score_correction_bias.dtype == torch.float32
+    assert model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_epsilon_of_the_latent_norms(tmp_path: Path) -> None:
+    static = make_hf(tmp_path / "hf", family="glm4_moe_lite")
+    inject_zero_experts(static, tmp_path / "dynamic")
+    oracle = load_hf_model(make_dense_zeros(tmp_path / "dynamic", tmp_path / "dense"))
+    missing = load_hf_model(edit_config(tmp_path / "dynamic", tmp_path / "missing", zeda_latent_norm_eps=...))
+    torch.testing.assert_close(missing(IDS).logits, oracle(IDS).logits, atol=1e-5, rtol=0)
+    changed = load_hf_model(edit_config(tmp_path / "dynamic", tmp_path / "changed", zeda_latent_norm_eps=0.25))
+    before = oracle(IDS).logits
+    for layer in oracle.model.layers:
+        layer.self_attn.q_a_layernorm.variance_epsilon = layer.self_attn.kv_a_layernorm.variance_epsilon = 0.25
+    assert not before.allclose(oracle(IDS).logits, atol=1e-2)
+    torch.testing.assert_close(changed(IDS).logits, oracle(IDS).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -169,30 +289,51 @@ def test_router_logits_can_be_asked_for_without_a_balancing_loss(dynamic: Path) 
         ({"zce_types": ...}, "zce_types"),
         ({"use_zce_mask": ...}, "use_zce_mask"),
         ({"zce_types": ["copy"]}, "zce_types"),
+        ({"zce_types": "zero"}, "zce_types"),
         ({"use_zce_mask": True}, "use_zce_mask"),
         ({"zce_nums": [0]}, "zce_nums"),
         ({"zce_nums": 2}, "zce_nums"),
         ({"zeda_zero_logit_bias": "high"}, "zeda_zero_logit_bias"),
+        ({"zeda_zero_logit_bias": float("inf")}, "zeda_zero_logit_bias"),
+        ({"num_experts_per_tok": EXPERTS + 1}, "num_experts_per_tok"),
     ],
 )
-def test_wrong_keys_are_refused(tmp_path: Path, dynamic: Path, changes: dict[str, Any], match: str) -> None:
+def test_wrong_keys_are_refused(tmp_path: Path, case: SimpleNamespace, changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        load_hf_model(edit_config(dynamic, tmp_path / "bad", **changes))
+        load_hf_model(edit_config(case.dynamic, tmp_path / "bad", **changes))
 
 
-def test_without_remote_code_it_fails_loudly(dynamic: Path) -> None:
-    from transformers import Qwen3MoeForCausalLM
+@pytest.mark.parametrize(
+    ("family", "changes", "match"),
+    [
+        *((family, {"n_group": 2, "topk_group": 1}, "n_group") for family in DRAFTING),
+        ("glm4_moe_lite", {"zeda_latent_norm_eps": "1e-6"}, "zeda_latent_norm_eps"),
+        ("glm4_moe_lite", {"zeda_latent_norm_eps": 0.0}, "zeda_latent_norm_eps"),
+    ],
+)
+def test_wrong_keys_of_a_family_are_refused(tmp_path: Path, family: str, changes: dict[str, Any], match: str) -> None:
+    inject_zero_experts(make_hf(tmp_path / "hf", family=family), tmp_path / "dynamic")
+    with pytest.raises(ValueError, match=match):
+        load_hf_model(edit_config(tmp_path / "dynamic", tmp_path / "bad", **changes))
+
+
+def test_without_remote_code_it_fails_loudly(case: SimpleNamespace) -> None:
+    import transformers
 
     with pytest.raises(RuntimeError, match="mismatch"):
-        Qwen3MoeForCausalLM.from_pretrained(dynamic)
+        getattr(transformers, case.family.static_architecture).from_pretrained(case.dynamic)
 
 
-def test_the_file_stands_alone(dynamic: Path) -> None:
-    """It is the file in the package, byte for byte, and imports nothing of this project."""
-    source = Path(megatron_zeda.serving.__file__).parent / "modeling_zeda_qwen3_moe.py"
-    assert (dynamic / source.name).read_bytes() == source.read_bytes()
-    tree = ast.walk(ast.parse(source.read_text()))
-    imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {getattr(node, "module", None) or node.names[0].name for node in imports}
-    assert {name.split(".")[0] for name in names} == {"typing", "torch", "transformers"}
-    assert json.loads((dynamic / "config.json").read_text())["zeda_zero_logit_bias"] == 0.0
+def test_the_files_stand_alone(case: SimpleNamespace) -> None:
+    """They are the files in the package, byte for byte, and import nothing of this project but one another."""
+    folder = Path(megatron_zeda.serving.__file__).parent
+    for name in case.family.modeling_files:
+        assert (case.dynamic / name).read_bytes() == (folder / name).read_bytes()
+        for node in ast.walk(ast.parse((folder / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                assert f"{node.module}.py" in case.family.modeling_files
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                imported = getattr(node, "module", None) or node.names[0].name
+                assert imported.split(".")[0] in {"typing", "torch", "transformers"}
+    assert json.loads((case.dynamic / "config.json").read_text())["zeda_zero_logit_bias"] == 0.0
