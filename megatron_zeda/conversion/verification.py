@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megatron_zeda.conversion.hf_folder import HfFolder, pieces_of
-from megatron_zeda.conversion.megatron_io import TRACKER, MegatronFolder
+from megatron_zeda.conversion.megatron_io import MegatronFolder, is_megatron_folder
 from megatron_zeda.conversion.progress import progress
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.models import HfPiece, WeightRow
@@ -95,6 +95,6 @@ def _open(path: str | Path) -> HfFolder | MegatronFolder:
     path = Path(path)
     if not os.path.isdir(path):
         raise InputError("no such folder", where=path, rule="a Hugging Face or a Megatron checkpoint folder")
-    if (path / TRACKER).exists() or path.name.startswith("iter_"):
+    if is_megatron_folder(path):
         return MegatronFolder(path)
     return HfFolder(path)
