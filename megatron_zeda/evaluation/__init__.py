@@ -8,14 +8,14 @@ from megatron_zeda.evaluation.accuracy import (
     wilson_interval,
 )
 from megatron_zeda.evaluation.evaluate import evaluate
-from megatron_zeda.evaluation.flops import LayerShape, expert_flops_saved, theoretical_speedup
+from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, theoretical_speedup
 from megatron_zeda.evaluation.report import build_report, report, write_report
 from megatron_zeda.evaluation.scoring import score_rollouts, score_text
 from megatron_zeda.evaluation.skip_rate import RoutingRecorder
 
 __all__ = [
     "Accuracy",
-    "LayerShape",
+    "ModelShape",
     "PairedDifference",
     "RoutingRecorder",
     "build_report",

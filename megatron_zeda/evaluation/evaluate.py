@@ -37,7 +37,7 @@ import torch
 import megatron_zeda
 from megatron_zeda.errors import InputError
 from megatron_zeda.evaluation.accuracy import measure_accuracy, outcomes_of
-from megatron_zeda.evaluation.flops import LayerShape, expert_flops_saved, theoretical_speedup
+from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, theoretical_speedup
 from megatron_zeda.evaluation.scoring import check_ids, read_texts, score_rollouts, score_text
 from megatron_zeda.rollout.decode import Sampling
 from megatron_zeda.rollout.files import Prompt, Rollout, read_prompts, read_rollouts
@@ -245,7 +245,7 @@ def _savings(
         "response_tokens": max(1, round(scores["response_tokens"] / count)),
     }
     found = theoretical_speedup(
-        LayerShape.from_hf_config(engine.config),
+        ModelShape.from_hf_config(engine.config),
         prompt_skip_rate=speedup["prompt_saved"],
         response_skip_rate=speedup["response_saved"],
         prompt=speedup["prompt_tokens"],
@@ -255,7 +255,7 @@ def _savings(
 
 
 def _describe(engine: TransformersEngine) -> dict[str, Any]:
-    shape = LayerShape.from_hf_config(engine.config)
+    shape = ModelShape.from_hf_config(engine.config)
     return {
         "path": str(engine.folder),
         "architecture": type(engine.model).__name__,

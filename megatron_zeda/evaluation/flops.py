@@ -1,12 +1,16 @@
-"""The FLOP model of the ZEDA paper (arXiv 2605.18643), per layer; a multiply-accumulate counts as 2.
+"""The FLOP model of the ZEDA paper (arXiv 2605.18643), for any model whose weights a family's table lists.
 
-    MoE                        6 (1 - r) K n H H_e + 2 (N + Z) n H
-    attention, prefill of l    4 l^2 A + 4 (1 + g) l H A             (no causal halving)
-    attention, decode of l     2 l (l - 1) A + 4 (1 + g) l H A
+A multiply-accumulate counts as 2. Of n tokens (l of them in one sequence, with r of the K selections skipped):
 
-n tokens, l positions, H hidden, H_e expert hidden, N real and Z zero experts, K experts per token, A = heads x
-head_dim, g = key-value heads / query heads, r skip rate. The second term of attention is the four projections.
-Embedding, head, norms and the sum over experts are left out.
+    matrices                   2 n (F + (N + Z) R + (1 - r) K X)
+    attention, prefill of l    2 l^2 S         (no causal halving)
+    attention, decode of l     l (l - 1) S     (keys and values of earlier tokens are cached, expanded)
+
+F elements of the matrices that every token passes (attention, dense layers, shared experts), R elements of one router
+column and X of one expert, all summed over the layers; N real and Z zero experts, K experts per token; S width of the
+queries and of the values of all heads and layers. Embedding, head, norms and the sum over experts are left out.
+
+Engines that decode multi-latent attention on the latents themselves compute more scores than this and no expansion.
 """
 
 from __future__ import annotations
@@ -17,70 +21,94 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True)
-class LayerShape:
-    """The sizes the model needs; ``zero_experts`` 0 is a static layer."""
+class ModelShape:
+    """The sizes that the FLOP model needs; ``zero_experts`` 0 is a static model.
 
-    hidden: int
-    attention: int
-    kv_share: float
-    expert_hidden: int
+    Attributes:
+        fixed: F of the formulas above.
+        router_column: R.
+        expert: X.
+        scores: S.
+        experts: N.
+        topk: K.
+        zero_experts: Z.
+    """
+
+    fixed: int
+    router_column: int
+    expert: int
+    scores: int
     experts: int
     topk: int
     zero_experts: int = 0
 
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read the shape from a ``config.json``."""
+        """Read the shape from a ``config.json``: every matrix of the family's weight table is counted."""
         from megatron_zeda.models import family_for
 
         fields = dict(config)
         family = family_for(fields)
-        heads = fields["num_attention_heads"]
-        head_dim = fields.get("head_dim") or fields["hidden_size"] // heads
+        fixed = router = experts = 0
+        for row in family.weight_table(fields):
+            if len(row.shape) != 2 or not row.key.startswith("decoder."):
+                continue
+            if ".mlp.experts." in row.key:
+                experts += row.numel
+            elif row.key.endswith("mlp.router.weight"):
+                router += row.shape[1]
+            else:
+                fixed += row.numel
+        num_experts = family.num_experts(fields)
         return cls(
-            hidden=fields["hidden_size"],
-            attention=heads * head_dim,
-            kv_share=fields["num_key_value_heads"] / heads,
-            expert_hidden=fields["moe_intermediate_size"],
-            experts=family.num_experts(fields),
+            fixed=fixed,
+            router_column=router,
+            expert=experts // num_experts,
+            scores=_score_width(family.transformer_config_kwargs(fields)),
+            experts=num_experts,
             topk=fields["num_experts_per_tok"],
             zero_experts=family.num_zero_experts(fields),
         )
 
-    def static(self) -> LayerShape:
-        """The same layer without zero experts."""
+    def static(self) -> ModelShape:
+        """The same model without zero experts."""
         return replace(self, zero_experts=0)
 
     def expert_flops(self, tokens: int, skip_rate: float = 0.0) -> float:
-        """FLOPs of the experts' three matrices."""
-        return 6 * (1 - skip_rate) * self.topk * tokens * self.hidden * self.expert_hidden
+        """FLOPs of the experts' matrices."""
+        return 2 * (1 - skip_rate) * self.topk * tokens * self.expert
 
-    def moe_flops(self, tokens: int, skip_rate: float = 0.0) -> float:
-        """FLOPs of experts and router."""
-        router = 2 * (self.experts + self.zero_experts) * tokens * self.hidden
-        return self.expert_flops(tokens, skip_rate) + router
+    def matrix_flops(self, tokens: int, skip_rate: float = 0.0) -> float:
+        """FLOPs of all matrices: experts, routers and what no token can skip."""
+        columns = (self.experts + self.zero_experts) * self.router_column
+        return 2 * tokens * (self.fixed + columns) + self.expert_flops(tokens, skip_rate)
 
     def prefill_flops(self, length: int, skip_rate: float = 0.0) -> float:
-        """FLOPs of one layer over a prompt of ``length`` tokens."""
-        attention = 4 * length**2 * self.attention + self._projection_flops(length)
-        return attention + self.moe_flops(length, skip_rate)
+        """FLOPs of a prompt of ``length`` tokens."""
+        return 2 * length**2 * self.scores + self.matrix_flops(length, skip_rate)
 
     def decode_flops(self, length: int, skip_rate: float = 0.0, *, prefix: int = 0) -> float:
-        """FLOPs of one layer generating ``length`` tokens one by one after ``prefix`` cached ones."""
-        scores = 2 * length * (length - 1) * self.attention + 4 * prefix * length * self.attention
-        return scores + self._projection_flops(length) + self.moe_flops(length, skip_rate)
+        """FLOPs of generating ``length`` tokens one by one after ``prefix`` cached ones."""
+        scores = length * (length - 1) * self.scores + 2 * prefix * length * self.scores
+        return scores + self.matrix_flops(length, skip_rate)
 
-    def _projection_flops(self, length: int) -> float:
-        return 4 * (1 + self.kv_share) * length * self.hidden * self.attention
+
+def _score_width(fields: Mapping[str, Any]) -> int:
+    """Width of the queries and of the values, heads and layers together, from ``TransformerConfig`` fields."""
+    if "v_head_dim" in fields:
+        width = fields["qk_head_dim"] + fields["qk_pos_emb_head_dim"] + fields["v_head_dim"]
+    else:
+        width = 2 * fields["kv_channels"]
+    return int(width * fields["num_attention_heads"] * fields["num_layers"])
 
 
 def theoretical_speedup(
-    shape: LayerShape, *, prompt_skip_rate: float, response_skip_rate: float, prompt: int, response: int
+    shape: ModelShape, *, prompt_skip_rate: float, response_skip_rate: float, prompt: int, response: int
 ) -> dict[str, float]:
     """Return static over dynamic FLOPs: the most that skipping could gain.
 
     Args:
-        shape: the dynamic layer (its static counterpart has the same sizes and no zero experts).
+        shape: the dynamic model (its static counterpart has the same sizes and no zero experts).
         prompt_skip_rate: share of the K slots of prompt tokens that are not computed: what prefill saves.
         response_skip_rate: the same of response tokens: what decoding saves.
         prompt: tokens of the prompt, at least 1.

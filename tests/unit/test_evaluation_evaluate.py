@@ -16,7 +16,7 @@ from megatron_zeda.errors import InputError
 from megatron_zeda.evaluation import cli
 from megatron_zeda.evaluation.accuracy import wilson_interval
 from megatron_zeda.evaluation.evaluate import EvaluationInputs, evaluate
-from megatron_zeda.evaluation.flops import LayerShape
+from megatron_zeda.evaluation.flops import ModelShape
 from megatron_zeda.rollout import Sampling, TransformersEngine, rollout
 from megatron_zeda.rollout.hf_folder import weights_version
 
@@ -81,7 +81,7 @@ def test_the_student(files: dict[str, Path], tiny_static: Path, tiny_dynamic: Pa
     speedup = found["theoretical_speedup"]
     assert speedup["response_tokens"] == round(found["response_tokens"] / 6)
     assert found["skip_rate_prompt"] != pytest.approx(found["skip_rate"])
-    shape = LayerShape.from_hf_config(json.loads((tiny_dynamic / "config.json").read_text()))
+    shape = ModelShape.from_hf_config(json.loads((tiny_dynamic / "config.json").read_text()))
     prompt, response, static = speedup["prompt_tokens"], speedup["response_tokens"], shape.static()
     prefill = static.prefill_flops(prompt) / shape.prefill_flops(prompt, found["skip_rate_prompt"])
     decode = static.decode_flops(response, prefix=prompt)

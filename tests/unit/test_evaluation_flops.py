@@ -1,13 +1,42 @@
-"""The FLOP model against a count over every matrix product of a layer."""
+"""The FLOP model against torch's own count of stock models, and against a count over every matrix product."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+from checkpoints import load_hf_model, make_hf
+from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_zeda.evaluation.flops import LayerShape, expert_flops_saved, theoretical_speedup
+from megatron_zeda.conversion import inject_zero_experts
+from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, theoretical_speedup
+from megatron_zeda.evaluation.skip_rate import RoutingRecorder
+from megatron_zeda.models import load_hf_config
 
-QWEN = LayerShape(hidden=2048, attention=4096, kv_share=1 / 8, expert_hidden=768, experts=128, topk=8, zero_experts=64)
-SMALL = LayerShape(hidden=12, attention=24, kv_share=1 / 3, expert_hidden=5, experts=6, topk=2, zero_experts=3)
+QWEN_CONFIG: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoePlusPlusForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "zce_nums": [64],
+    "zce_types": ["zero"],
+    "use_zce_mask": False,
+}
+QWEN = ModelShape.from_hf_config(QWEN_CONFIG)
+IDS = torch.arange(2 * 13).reshape(2, 13) * 7 % 64
 
 
 def product(rows: int, inner: int, columns: int) -> int:
@@ -15,40 +44,59 @@ def product(rows: int, inner: int, columns: int) -> int:
     return 2 * rows * inner * columns
 
 
-def direct_layer(shape: LayerShape, tokens: int, keys: list[int], real_slots: int) -> int:
-    """Count a layer product by product: ``keys[i]`` keys are read by token i."""
-    heads = 32 if shape.hidden == 2048 else 3
-    head_dim = shape.attention // heads
-    kv_width = round(shape.kv_share * shape.attention)
-    total = product(tokens, shape.hidden, shape.attention)  # queries
-    total += 2 * product(tokens, shape.hidden, kv_width)  # keys and values
-    total += product(tokens, shape.attention, shape.hidden)  # output
+def qwen_layer(tokens: int, keys: list[int], real_slots: int, columns: int) -> int:
+    """Count a layer of Qwen3-30B-A3B product by product: ``keys[i]`` keys are read by token i."""
+    total = product(tokens, 2048, 4096)  # queries
+    total += 2 * product(tokens, 2048, 512)  # keys and values
+    total += product(tokens, 4096, 2048)  # output
     for count in keys:
-        total += heads * (product(1, head_dim, count) + product(1, count, head_dim))  # scores and mixing
-    total += product(tokens, shape.hidden, shape.experts + shape.zero_experts)  # router
-    total += real_slots * 3 * product(1, shape.hidden, shape.expert_hidden)  # gate, up and down projections
+        total += 32 * (product(1, 128, count) + product(1, count, 128))  # scores and mixing
+    total += product(tokens, 2048, columns)  # router
+    total += real_slots * 3 * product(1, 2048, 768)  # gate, up and down projections
     return total
 
 
-@pytest.mark.parametrize("shape", [QWEN, SMALL])
 @pytest.mark.parametrize("length", [1, 7])
-def test_prefill_is_the_direct_count(shape: LayerShape, length: int) -> None:
-    slots = shape.topk * length
-    static = direct_layer(shape.static(), length, [length] * length, slots)
-    assert shape.static().prefill_flops(length) == static
-    half = direct_layer(shape, length, [length] * length, slots // 2)
-    assert shape.prefill_flops(length, 0.5) == pytest.approx(half, rel=1e-12)
+def test_prefill_is_the_direct_count(length: int) -> None:
+    static = 48 * qwen_layer(length, [length] * length, 8 * length, 128)
+    assert QWEN.static().prefill_flops(length) == static
+    half = 48 * qwen_layer(length, [length] * length, 4 * length, 192)
+    assert QWEN.prefill_flops(length, 0.5) == pytest.approx(half, rel=1e-12)
 
 
-@pytest.mark.parametrize("shape", [QWEN, SMALL])
 @pytest.mark.parametrize(("length", "prefix"), [(1, 0), (9, 0), (4, 30)])
-def test_decode_is_the_direct_count(shape: LayerShape, length: int, prefix: int) -> None:
+def test_decode_is_the_direct_count(length: int, prefix: int) -> None:
     keys = [prefix + i for i in range(length)]
-    wanted = direct_layer(shape, length, keys, shape.topk * length // 2)
-    assert shape.decode_flops(length, 0.5, prefix=prefix) == pytest.approx(wanted, rel=1e-12)
+    wanted = 48 * qwen_layer(length, keys, 4 * length, 192)
+    assert QWEN.decode_flops(length, 0.5, prefix=prefix) == pytest.approx(wanted, rel=1e-12)
 
 
-def speedup(shape: LayerShape, skip_rate: float, *, prompt: int, response: int) -> dict[str, float]:
+def counted(model: Any) -> int:
+    """What torch counts in a forward pass without the head; ``eager`` because its fused kernels hide products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model(IDS)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+def test_prefill_is_what_torch_counts(tmp_path: Path, family: str) -> None:
+    make_hf(tmp_path / "static", family=family, num_hidden_layers=3)
+    inject_zero_experts(tmp_path / "static", tmp_path / "dynamic", num_zero_experts=3)
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    rows, length = IDS.shape
+    static, dynamic = (ModelShape.from_hf_config(load_hf_config(tmp_path / name)) for name in ("static", "dynamic"))
+    assert dynamic.static() == static
+    found = counted(load_hf_model(tmp_path / "static", **options))
+    assert found == pytest.approx(rows * static.prefill_flops(length), rel=1e-12)
+    model = load_hf_model(tmp_path / "dynamic", **options)
+    with RoutingRecorder(model) as recorder:
+        found = counted(model)
+        skip_rate = float(recorder.zero_slots(IDS).double().mean()) / dynamic.topk
+    assert 0.1 < skip_rate < 0.9
+    assert found == pytest.approx(rows * dynamic.prefill_flops(length, skip_rate), rel=1e-12)
+
+
+def speedup(shape: ModelShape, skip_rate: float, *, prompt: int, response: int) -> dict[str, float]:
     return theoretical_speedup(
         shape, prompt_skip_rate=skip_rate, response_skip_rate=skip_rate, prompt=prompt, response=response
     )
@@ -65,9 +113,8 @@ def test_prefill_and_decode_have_their_own_skip_rates() -> None:
 
 
 def test_worked_shape() -> None:
-    """Qwen3-30B-A3B: 75.5 MFLOP of experts per token, and the prefill ratios of half of them skipped."""
-    assert QWEN.expert_flops(1) == 6 * 8 * 2048 * 768 == 75_497_472
-    assert QWEN.moe_flops(1) - QWEN.expert_flops(1) == 2 * 192 * 2048
+    """Qwen3-30B-A3B: 75.5 MFLOP of experts per token and layer, and the prefill ratios of half of them skipped."""
+    assert QWEN.expert_flops(1) == 48 * 6 * 8 * 2048 * 768 == 48 * 75_497_472
     for length, wanted in ((1, 1.49), (4096, 1.26)):
         found = speedup(QWEN, 0.5, prompt=length, response=1)["prefill"]
         projections, scores = 4 * 9 / 8 * 2048 * 4096, 4 * length * 4096
@@ -77,35 +124,24 @@ def test_worked_shape() -> None:
         assert found == pytest.approx(wanted, abs=0.005)
 
 
+def test_worked_shape_of_glm() -> None:
+    """GLM-4.7-Flash by hand: 46 layers of 64 experts beside a shared one, one dense layer, latent attention."""
+    from test_models_glm4_moe_lite import GLM_47_FLASH
+
+    shape = ModelShape.from_hf_config(GLM_47_FLASH)
+    attention = 2048 * 768 + 768 * 20 * 256 + 2048 * (512 + 64) + 512 * 20 * (192 + 256) + 20 * 256 * 2048
+    assert shape.fixed == 47 * attention + 46 * 3 * 2048 * 1536 + 3 * 2048 * 10240
+    assert shape.expert == 46 * 3 * 2048 * 1536
+    assert shape.router_column == 46 * 2048
+    assert shape.scores == 47 * 20 * (256 + 256)
+    assert (shape.experts, shape.topk) == (64, 4)
+
+
 def test_speedup_of_nothing_skipped_is_the_price_of_the_wider_router() -> None:
     found = speedup(QWEN, 0.0, prompt=100, response=100)
     assert all(0.99 < value < 1 for value in found.values())
     static = QWEN.static()
     assert speedup(static, 0.0, prompt=3, response=2) == {"prefill": 1.0, "decode": 1.0, "total": 1.0}
-
-
-def test_shape_of_a_configuration() -> None:
-    config = {
-        "model_type": "qwen3_moe",
-        "architectures": ["Qwen3MoePlusPlusForCausalLM"],
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 40960,
-        "zce_nums": [64],
-        "zce_types": ["zero"],
-        "use_zce_mask": False,
-    }
-    assert LayerShape.from_hf_config(config) == QWEN
 
 
 def test_expert_flops_saved() -> None:
