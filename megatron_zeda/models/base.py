@@ -219,3 +219,11 @@ class Family(ABC):
         all together or not at all, except the rows marked ``optional``.
         """
         return []
+
+    def adapt_stock_model(self, model: Any, hf_config: dict[str, Any]) -> None:
+        """Apply settings of ours to a stock ``transformers`` model, which does not read them. Most families have none.
+
+        Args:
+            model: of ``static_architecture``; changed in place.
+            hf_config: what it was built from.
+        """

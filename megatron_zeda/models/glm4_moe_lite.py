@@ -1,63 +1,25 @@
-"""GLM-4.7-Flash (``Glm4MoeLiteForCausalLM``): multi-latent attention, sigmoid router with a selection bias, a shared
-expert, leading dense layers, and a layer that drafts tokens, which is carried beside the model.
-
-The Megatron keys are those of a model built with Transformer Engine, whatever machine writes the checkpoint. Dense
-layers make the model heterogeneous, so every layer has keys of its own (``decoder.layers.7.mlp...``).
-"""
+"""GLM-4.7-Flash (``Glm4MoeLiteForCausalLM``): multi-latent attention; the rest is in ``glm.py``."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-
 from megatron_zeda.errors import InputError
-from megatron_zeda.models.base import ExpertLayout, Family, Grow, HfPiece, WeightRow
-from megatron_zeda.models.hf_config import (
-    HfConfig,
-    need_bool,
-    need_float,
-    need_int,
-    refuse_unless,
-    rope_theta,
-    where_of,
-    zero_logit_bias,
-)
-from megatron_zeda.models.rows import (
-    expert_rows,
-    gated_rows,
-    grow_gate,
-    grow_never_selected,
-    grow_zeros,
-    whole_tensors,
-)
+from megatron_zeda.models.base import WeightRow
+from megatron_zeda.models.glm import GlmFamily, dense_layers
+from megatron_zeda.models.hf_config import HfConfig, need_float, need_int, refuse_unless, rope_theta, where_of
+from megatron_zeda.models.rows import row, tied
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_shared_experts",
-    "max_position_embeddings",
-)
+_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
-class Glm4MoeLite(Family):
+class Glm4MoeLite(GlmFamily):
     """GLM-4.7-Flash, static and dynamic."""
 
     name: ClassVar[str] = "glm4_moe_lite"
     model_types: ClassVar[tuple[str, ...]] = ("glm4_moe_lite", "glm4_moe_lite_plus_plus")
     static_architecture: ClassVar[str] = "Glm4MoeLiteForCausalLM"
     dynamic_architecture: ClassVar[str] = "Glm4MoeLitePlusPlusForCausalLM"
-    num_experts_keys: ClassVar[tuple[str, ...]] = ("n_routed_experts", "num_local_experts")
     modeling_files: ClassVar[tuple[str, ...]] = ("modeling_zeda_glm4_moe_lite.py", "modeling_zeda_base.py")
     auto_map: ClassVar[dict[str, str]] = {
         "AutoModel": "modeling_zeda_glm4_moe_lite.Glm4MoeLitePlusPlusModel",
@@ -66,24 +28,12 @@ class Glm4MoeLite(Family):
 
     def validate(self, hf_config: dict[str, Any]) -> None:
         """Check every key that the model's mathematics depends on."""
+        super().validate(hf_config)
         where = where_of(hf_config)
         for key in _SIZES:
             need_int(hf_config, key)
-        if "initializer_range" in hf_config:
-            need_float(hf_config, "initializer_range")
-        need_float(hf_config, "rms_norm_eps")
-        need_float(hf_config, "routed_scaling_factor")
         latent_norm_eps(hf_config)
         rope_theta(hf_config)
-        zero_logit_bias(hf_config)
-        self.num_zero_experts(hf_config)
-        dense_layers(hf_config)
-        _num_carried_layers(hf_config)
-        num_experts, topk = self.num_experts(hf_config), need_int(hf_config, "num_experts_per_tok", minimum=2)
-        if topk > num_experts:
-            raise InputError(
-                "`num_experts_per_tok` is too large", where=where, value=topk, rule=f"at most {num_experts} experts"
-            )
         if hf_config["num_key_value_heads"] != hf_config["num_attention_heads"]:
             raise InputError(
                 "`num_key_value_heads` is wrong",
@@ -95,19 +45,10 @@ class Glm4MoeLite(Family):
             raise InputError(
                 "`qk_rope_head_dim` is wrong", where=where, value=hf_config["qk_rope_head_dim"], rule="an even number"
             )
-        need_bool(hf_config, "norm_topk_prob")
-        refuse_unless(hf_config, "norm_topk_prob", (True,), "weights normalised over the selected experts")
         refuse_unless(hf_config, "head_dim", (hf_config["qk_rope_head_dim"], None), "qk_rope_head_dim, if it is there")
-        refuse_unless(hf_config, "hidden_act", ("silu",), "only silu")
         refuse_unless(hf_config, "attention_bias", (False, None), "attention without bias")
         refuse_unless(hf_config, "rope_interleave", (True, None), "interleaved rotary embeddings")
         refuse_unless(hf_config, "partial_rotary_factor", (1, None), "all of qk_rope_head_dim rotates")
-        refuse_unless(hf_config, "n_group", (1, None), "one group of experts")
-        refuse_unless(hf_config, "topk_group", (1, None), "one group of experts")
-        refuse_unless(hf_config, "topk_method", ("noaux_tc", None), "a selection bias")
-        refuse_unless(hf_config, "scoring_func", ("sigmoid", None), "a sigmoid router")
-        refuse_unless(hf_config, "tie_word_embeddings", (True, False), "true or false")
-        refuse_unless(hf_config, "quantization_config", (None,), "an unquantised checkpoint; dequantise it first")
 
     def make_dynamic(self, hf_config: dict[str, Any], num_zero_experts: int) -> HfConfig:
         """As for every family, with the epsilon of the latent norms and the dense layers written out: readers have
@@ -128,13 +69,9 @@ class Glm4MoeLite(Family):
         return ZeroExpertMLATransformerConfig
 
     def transformer_config_kwargs(self, hf_config: dict[str, Any]) -> dict[str, Any]:
-        """``MLATransformerConfig`` fields. Dropout, auxiliary losses and updates of the selection bias are off."""
-        dense, layers = dense_layers(hf_config), hf_config["num_hidden_layers"]
+        """``MLATransformerConfig`` fields."""
         return {
-            "num_layers": layers,
-            "hidden_size": hf_config["hidden_size"],
-            "ffn_hidden_size": hf_config["intermediate_size"],
-            "num_attention_heads": hf_config["num_attention_heads"],
+            **super().transformer_config_kwargs(hf_config),
             "kv_channels": hf_config["v_head_dim"],
             "q_lora_rank": hf_config["q_lora_rank"],
             "kv_lora_rank": hf_config["kv_lora_rank"],
@@ -142,35 +79,12 @@ class Glm4MoeLite(Family):
             "qk_pos_emb_head_dim": hf_config["qk_rope_head_dim"],
             "v_head_dim": hf_config["v_head_dim"],
             "qk_layernorm": True,
-            "normalization": "RMSNorm",
-            "layernorm_epsilon": float(hf_config["rms_norm_eps"]),
             "latent_norm_epsilon": latent_norm_eps(hf_config),
             "rope_type": "rope",
             "rotary_base": rope_theta(hf_config),
             "rotary_percent": 1.0,
             "rotary_scaling_factor": 1.0,
             "apply_rope_fusion": False,  # Megatron-Core's kernel serves another kind of rotary embedding
-            "add_bias_linear": False,
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu,
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
-            "init_method_std": float(hf_config.get("initializer_range", 0.02)),
-            "num_moe_experts": self.num_experts(hf_config),
-            "moe_layer_freq": [0] * dense + [1] * (layers - dense),
-            "moe_ffn_hidden_size": hf_config["moe_intermediate_size"],
-            "moe_shared_expert_intermediate_size": hf_config["moe_intermediate_size"] * hf_config["n_shared_experts"],
-            "moe_router_topk": hf_config["num_experts_per_tok"],
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-            "moe_router_bias_update_rate": 0.0,
-            "moe_router_topk_scaling_factor": float(hf_config["routed_scaling_factor"]),
-            "moe_router_dtype": "fp32",
-            "moe_router_load_balancing_type": "none",
-            "moe_aux_loss_coeff": 0.0,
-            "moe_token_dispatcher_type": "alltoall",
-            "num_zero_experts": self.num_zero_experts(hf_config),
-            "zero_expert_logit_bias": zero_logit_bias(hf_config),
         }
 
     def gpt_model_kwargs(self, hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -181,80 +95,35 @@ class Glm4MoeLite(Family):
             "position_embedding_type": "rope",
             "rotary_percent": 1.0,
             "rotary_base": rope_theta(hf_config),
-            "share_embeddings_and_output_weights": _tied(hf_config),
+            "share_embeddings_and_output_weights": tied(hf_config),
         }
 
-    def weight_table(self, hf_config: dict[str, Any], layout: ExpertLayout = "per_expert") -> list[WeightRow]:
-        """The table. Rows come in the order of the forward pass, so both directions stream layer by layer."""
-        vocab, hidden = hf_config["vocab_size"], hf_config["hidden_size"]
-        embedding = HfPiece("model.embed_tokens.weight", (vocab, hidden))
-        rows = [WeightRow("embedding.word_embeddings.weight", (embedding,), padded=True)]
-        for layer in range(hf_config["num_hidden_layers"]):
-            rows += self._layer_rows(hf_config, layer, layout)
-        rows.append(WeightRow("decoder.final_layernorm.weight", (HfPiece("model.norm.weight", (hidden,)),)))
-        if not _tied(hf_config):
-            rows.append(WeightRow("output_layer.weight", (HfPiece("lm_head.weight", (vocab, hidden)),), padded=True))
-        return rows
-
-    def carried_rows(self, hf_config: dict[str, Any], layout: ExpertLayout = "per_expert") -> list[WeightRow]:
-        """The layer behind the last one, which only drafts tokens (multi-token prediction).
-
-        Its router has as many rows as the others by the format, so injection widens it too: with a selection bias that
-        keeps the layer static. Its embedding and its head are copies of the model's, which some checkpoints leave out.
-        """
-        vocab, hidden, layers = hf_config["vocab_size"], hf_config["hidden_size"], hf_config["num_hidden_layers"]
-        grow: dict[str, Grow] = {
-            "mlp.gate.weight": grow_zeros,
-            "mlp.gate.e_score_correction_bias": grow_never_selected,
-        }
-        rows = []
-        for layer in range(layers, layers + _num_carried_layers(hf_config)):
-            hf = f"model.layers.{layer}."
-            optional = {f"{hf}embed_tokens.weight": (vocab, hidden), f"{hf}shared_head.head.weight": (vocab, hidden)}
-            tensors: dict[str, tuple[int, ...]] = {
-                f"{hf}enorm.weight": (hidden,),
-                f"{hf}hnorm.weight": (hidden,),
-                f"{hf}eh_proj.weight": (hidden, 2 * hidden),
-                **whole_tensors(self._layer_rows(hf_config, layer, layout)),
-                f"{hf}shared_head.norm.weight": (hidden,),
-                **optional,
-            }
-            for name, shape in tensors.items():
-                piece = HfPiece(name, shape)
-                rows.append(WeightRow(name, (piece,), grow=grow.get(name.removeprefix(hf)), optional=name in optional))
-        return rows
-
-    def _layer_rows(self, hf_config: dict[str, Any], layer: int, layout: ExpertLayout) -> list[WeightRow]:
-        hidden = hf_config["hidden_size"]
-        megatron, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        rows = [_row(f"{megatron}input_layernorm.weight", f"{hf}input_layernorm.weight", hidden)]
-        rows += _attention_rows(hf_config, megatron, hf)
-        dense = layer < dense_layers(hf_config)
-        # Transformer Engine fuses this norm into a dense layer's first matrix, and keeps it apart before a router.
-        norm = "mlp.linear_fc1.layer_norm_weight" if dense else "pre_mlp_layernorm.weight"
-        rows.append(_row(megatron + norm, f"{hf}post_attention_layernorm.weight", hidden))
-        if dense:
-            return rows + gated_rows(f"{megatron}mlp.", f"{hf}mlp.", hf_config["intermediate_size"], hidden)
-        columns = self.num_experts(hf_config) + self.num_zero_experts(hf_config)
-        ffn, experts = hf_config["moe_intermediate_size"], self.num_experts(hf_config)
-        router, gate = f"{megatron}mlp.router.", f"{hf}mlp.gate."
+    def attention_rows(self, hf_config: dict[str, Any], megatron: str, hf: str) -> list[WeightRow]:
+        """Multi-latent attention. Both sides keep heads one behind the other, so nothing is rearranged."""
+        hidden, heads, rope = (hf_config[key] for key in ("hidden_size", "num_attention_heads", "qk_rope_head_dim"))
+        queries, keys = hf_config["q_lora_rank"], hf_config["kv_lora_rank"]
+        nope, value = hf_config["qk_nope_head_dim"], hf_config["v_head_dim"]
+        norm = row(f"{megatron}input_layernorm.weight", f"{hf}input_layernorm.weight", hidden)
+        megatron, hf = f"{megatron}self_attention.", f"{hf}self_attn."
         return [
-            *rows,
-            _row(f"{router}weight", f"{gate}weight", columns, hidden, grow=grow_gate),
-            _row(f"{router}expert_bias", f"{gate}e_score_correction_bias", columns, grow=grow_zeros),
-            *expert_rows(f"{megatron}mlp.experts.experts.", f"{hf}mlp.experts.", ffn, hidden, experts, layout),
-            *gated_rows(
-                f"{megatron}mlp.shared_experts.",
-                f"{hf}mlp.shared_experts.",
-                ffn * hf_config["n_shared_experts"],
-                hidden,
-            ),
+            norm,
+            row(f"{megatron}linear_q_down_proj.weight", f"{hf}q_a_proj.weight", queries, hidden),
+            row(f"{megatron}linear_q_up_proj.layer_norm_weight", f"{hf}q_a_layernorm.weight", queries),
+            row(f"{megatron}linear_q_up_proj.weight", f"{hf}q_b_proj.weight", heads * (nope + rope), queries),
+            row(f"{megatron}linear_kv_down_proj.weight", f"{hf}kv_a_proj_with_mqa.weight", keys + rope, hidden),
+            row(f"{megatron}linear_kv_up_proj.layer_norm_weight", f"{hf}kv_a_layernorm.weight", keys),
+            row(f"{megatron}linear_kv_up_proj.weight", f"{hf}kv_b_proj.weight", heads * (nope + value), keys),
+            row(f"{megatron}linear_proj.weight", f"{hf}o_proj.weight", hidden, heads * value),
         ]
 
-    def fused_tensor_names(self, hf_config: dict[str, Any]) -> frozenset[str]:
-        """The stacked expert tensors of the first layer that has experts: enough to recognise the layout."""
-        prefix = f"model.layers.{dense_layers(hf_config)}.mlp.experts."
-        return frozenset({f"{prefix}gate_up_proj", f"{prefix}down_proj"})
+    def adapt_stock_model(self, model: Any, hf_config: dict[str, Any]) -> None:
+        """Give the latent norms the epsilon of ``zeda_latent_norm_eps``; where it is missing they keep their own."""
+        epsilon = latent_norm_eps(hf_config)
+        if epsilon is None:
+            return
+        for layer in model.model.layers:
+            layer.self_attn.q_a_layernorm.variance_epsilon = epsilon
+            layer.self_attn.kv_a_layernorm.variance_epsilon = epsilon
 
 
 def latent_norm_eps(hf_config: dict[str, Any]) -> float | None:
@@ -266,70 +135,3 @@ def latent_norm_eps(hf_config: dict[str, Any]) -> float | None:
     if hf_config.get("zeda_latent_norm_eps") is None:
         return None
     return need_float(hf_config, "zeda_latent_norm_eps")
-
-
-def dense_layers(hf_config: dict[str, Any]) -> int:
-    """How many layers at the front are dense, from ``mlp_layer_types`` or ``first_k_dense_replace``.
-
-    Raises:
-        InputError: if neither is there, the two disagree, a dense layer is elsewhere or no layer has experts.
-    """
-    where, layers = where_of(hf_config), hf_config["num_hidden_layers"]
-    types, first = hf_config.get("mlp_layer_types"), hf_config.get("first_k_dense_replace")
-    if types is None and first is None:
-        raise InputError("`first_k_dense_replace` is missing", where=where, rule="it or `mlp_layer_types` is needed")
-    if first is not None and not 0 <= need_int(hf_config, "first_k_dense_replace", minimum=0) < layers:
-        raise InputError(
-            "`first_k_dense_replace` is wrong", where=where, value=first, rule=f"less than {layers} layers"
-        )
-    if types is None:
-        return need_int(hf_config, "first_k_dense_replace", minimum=0)
-    count = types.count("dense") if isinstance(types, list) else 0
-    if types != ["dense"] * count + ["sparse"] * (layers - count) or count == layers:
-        raise InputError(
-            "`mlp_layer_types` is wrong",
-            where=where,
-            value=types,
-            rule=f'{layers} entries: "dense" ones first, then one "sparse" or more',
-        )
-    if first is not None and first != count:
-        raise InputError(
-            "`first_k_dense_replace` disagrees with `mlp_layer_types`",
-            where=where,
-            value=first,
-            rule=f"{count} dense layers",
-            fix="keep one of the keys",
-        )
-    return int(count)
-
-
-def _num_carried_layers(hf_config: dict[str, Any]) -> int:
-    # transformers drops these layers and the key stays; a configuration that never had the key may still have them.
-    if hf_config.get("num_nextn_predict_layers") is None:
-        return 1
-    return need_int(hf_config, "num_nextn_predict_layers", minimum=0)
-
-
-def _row(key: str, name: str, *shape: int, grow: Grow | None = None) -> WeightRow:
-    return WeightRow(key, (HfPiece(name, shape),), grow=grow)
-
-
-def _attention_rows(hf_config: dict[str, Any], megatron: str, hf: str) -> list[WeightRow]:
-    """Multi-latent attention. Both sides keep heads one behind the other, so nothing is rearranged."""
-    hidden, heads, rope = (hf_config[key] for key in ("hidden_size", "num_attention_heads", "qk_rope_head_dim"))
-    queries, keys = hf_config["q_lora_rank"], hf_config["kv_lora_rank"]
-    nope, value = hf_config["qk_nope_head_dim"], hf_config["v_head_dim"]
-    megatron, hf = f"{megatron}self_attention.", f"{hf}self_attn."
-    return [
-        _row(f"{megatron}linear_q_down_proj.weight", f"{hf}q_a_proj.weight", queries, hidden),
-        _row(f"{megatron}linear_q_up_proj.layer_norm_weight", f"{hf}q_a_layernorm.weight", queries),
-        _row(f"{megatron}linear_q_up_proj.weight", f"{hf}q_b_proj.weight", heads * (nope + rope), queries),
-        _row(f"{megatron}linear_kv_down_proj.weight", f"{hf}kv_a_proj_with_mqa.weight", keys + rope, hidden),
-        _row(f"{megatron}linear_kv_up_proj.layer_norm_weight", f"{hf}kv_a_layernorm.weight", keys),
-        _row(f"{megatron}linear_kv_up_proj.weight", f"{hf}kv_b_proj.weight", heads * (nope + value), keys),
-        _row(f"{megatron}linear_proj.weight", f"{hf}o_proj.weight", hidden, heads * value),
-    ]
-
-
-def _tied(hf_config: dict[str, Any]) -> bool:
-    return bool(hf_config.get("tie_word_embeddings", False))

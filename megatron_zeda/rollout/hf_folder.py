@@ -80,7 +80,7 @@ def load_model(
             that do not fit the configuration, a K that is not there.
     """
     with HfFolder(folder) as checked:
-        config = checked.config
+        config, carried = checked.config, {row.key for row in checked.carried}
     if num_experts_per_token is not None:
         _check_experts_per_token(config, num_experts_per_token)
     model_class, hf_config = _class_and_config(folder, config, trust_remote_code)
@@ -99,7 +99,8 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"the model cannot be loaded: {reason}", where=folder, fix="check the folder") from error
-    unfilled = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]}))
+    unexpected = set(info["unexpected_keys"]) - carried
+    unfilled = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"], *unexpected}))
     if unfilled:
         raise ZedaError(
             f"transformers did not use the weights as they are: {len(unfilled)} tensors",
@@ -107,6 +108,8 @@ def load_model(
             value=unfilled[0],
             fix="use the versions of constraints.txt",
         )
+    if not trust_remote_code and not family_for(config).num_zero_experts(config):
+        family_for(config).adapt_stock_model(model, config)
     return model.to(device).eval()
 
 
