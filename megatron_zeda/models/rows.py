@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from megatron_zeda.models.base import ExpertLayout, HfPiece, WeightRow
+from megatron_zeda.models.base import ExpertLayout, Grow, HfPiece, WeightRow
 
 NEVER_SELECTED = -1e4
 """Selection bias of zero experts that shall never be chosen: scores are between 0 and 1."""
@@ -27,6 +28,11 @@ def grow_zeros(tensor: torch.Tensor, num_zero_experts: int, *, seed: int, name: 
 def grow_never_selected(bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
     """``[Z]``: a selection bias that keeps the layer static."""
     return bias.new_full((num_zero_experts,), NEVER_SELECTED)
+
+
+def row(key: str, name: str, *shape: int, grow: Grow | None = None) -> WeightRow:
+    """A Megatron tensor that is one Hugging Face tensor."""
+    return WeightRow(key, (HfPiece(name, shape),), grow=grow)
 
 
 def gated_pieces(prefix: str, ffn: int, hidden: int) -> tuple[HfPiece, HfPiece, HfPiece]:
@@ -96,3 +102,8 @@ def expert_rows(
 def whole_tensors(rows: Iterable[WeightRow]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor on disk that these rows are made of, in their order."""
     return {piece.name: piece.tensor_shape for row in rows for piece in row.pieces}
+
+
+def tied(hf_config: dict[str, Any]) -> bool:
+    """Whether the output layer is the embedding."""
+    return bool(hf_config.get("tie_word_embeddings", False))

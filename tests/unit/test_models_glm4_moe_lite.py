@@ -13,7 +13,7 @@ from checkpoints import make_hf, megatron_model
 
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import HfConfig, build_transformer_config, family_for, load_hf_config
-from megatron_zeda.models.glm4_moe_lite import dense_layers
+from megatron_zeda.models.glm import dense_layers
 from megatron_zeda.models.rows import NEVER_SELECTED
 
 GLM_47_FLASH: dict[str, Any] = {
