@@ -73,7 +73,13 @@ class Verifier:
             if kind is None:
                 self.wait()
         finally:
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown()
+        if kind is not None and self._is_verified():
+            self.wait()  # the file before the one that could not be written need not be written again
+
+    def _is_verified(self) -> bool:
+        futures = [*self._flushes, *([] if self._pending is None else [self._pending[1]])]
+        return all(future.exception() is None for future in futures)
 
 
 class SourceHashes:

@@ -35,7 +35,8 @@ class ByteProgress:
 
     def skip(self, num_bytes: int) -> None:
         """So many bytes are there from an earlier run: they count for the position, not for the rate."""
-        self._bar.initial += num_bytes
+        if not self._bar.disable:
+            self._bar.initial += num_bytes
         self._bar.update(num_bytes)
 
     def __enter__(self) -> Self:
