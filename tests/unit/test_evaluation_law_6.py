@@ -11,7 +11,7 @@ from checkpoints import load_megatron, megatron_model
 from tiny_hf import VOCABULARY
 
 from megatron_zeda.conversion import hf_to_megatron, megatron_to_hf
-from megatron_zeda.conversion.megatron_io import iteration_dir
+from megatron_zeda.conversion.megatron_io import latest_checkpoint_dir
 from megatron_zeda.evaluation.scoring import score_rollouts
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.rollout.files import Rollout
@@ -33,7 +33,7 @@ def test_law_6_training_and_export_report_the_same_skip_rate(
     exported = score_rollouts(load_model(tmp_path / "exported", device=torch.device("cpu")), rollouts, batch_size=4)
 
     model = megatron_model(load_hf_config(tiny_dynamic), perform_initialization=False)
-    load_megatron(model, iteration_dir(tmp_path / "megatron", 0))
+    load_megatron(model, latest_checkpoint_dir(tmp_path / "megatron"))
     width = max(len(r.prompt_ids + r.response_ids) for r in rollouts) - 1
     ids = torch.zeros(len(rollouts), width, dtype=torch.long)
     padding, not_response = torch.ones_like(ids).bool(), torch.ones_like(ids).bool()
