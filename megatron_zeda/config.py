@@ -401,8 +401,8 @@ def _model_facts(config: Config, hf_config: Mapping[str, Any]) -> dict[str, Any]
         from megatron_zeda.config_megatron import layers_per_stage
 
         num_layers = family.transformer_config_kwargs(dict(hf_config))["num_layers"]
-        parts = layers_per_stage(config, num_layers)
-        facts["layers_per_stage"] = [" + ".join(map(str, stage)) for stage in parts]
+        stages = layers_per_stage(config, num_layers)
+        facts["layers_per_stage"] = " | ".join(" + ".join(map(str, parts)) for parts in stages)
     if num_zero:
         weight = zero_expert_weight(config, num_experts, num_zero)
         facts["zero_expert_weight"] = weight

@@ -9,7 +9,14 @@ from typing import Any
 from megatron_zeda.config import Config
 from megatron_zeda.config_megatron import unknown_overrides, zero_expert_refusals
 from megatron_zeda.config_pipeline_rules import layer_problems
-from megatron_zeda.config_refusals import MODEL_DEFAULTS, OVERRIDABLE, OVERRIDE_OWNERS, OVERRIDE_REFUSALS, Problem
+from megatron_zeda.config_refusals import (
+    KERNELS,
+    MODEL_DEFAULTS,
+    OVERRIDABLE,
+    OVERRIDE_OWNERS,
+    OVERRIDE_REFUSALS,
+    Problem,
+)
 from megatron_zeda.errors import InputError
 
 
@@ -41,8 +48,8 @@ def model_override_problems(config: Config, shape: Mapping[str, Any]) -> Iterato
             yield Problem(
                 "override_decided",
                 (f"model.overrides.{name}",),
-                "the checkpoint decides it, and the export would not have it",
-                "remove it, or edit the checkpoint's config.json before converting",
+                KERNELS.get(name, "the checkpoint decides it, and the export would not have it"),
+                "remove it" if name in KERNELS else "remove it, or edit the checkpoint's config.json before converting",
             )
 
 
@@ -85,15 +92,18 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
         ("num_attention_heads", "attention heads", "tensor_model"),
         ("vocab_size", "tokens of the vocabulary", "tensor_model"),
         ("moe_ffn_hidden_size", "units of an expert", "expert_tensor"),
+        ("moe_shared_expert_intermediate_size", "units of the shared experts", "tensor_model"),
     ]
+    if _has_dense_layers(shape):
+        divisions.append(("ffn_hidden_size", "units of a dense layer", "tensor_model"))
     for name, noun, kind in divisions:
         size = getattr(model, f"{kind}_parallel_size")
-        if shape[name] % size:
+        if (shape.get(name) or 0) % size:
             message = f"{size} does not divide the model's {shape[name]} {noun}"
             yield Problem("divisors", (f"model.{kind}_parallel_size",), message, "use a divisor of that number")
     yield from layer_problems(config, shape["num_layers"])
-    groups = shape["num_query_groups"]
-    if groups % tp and tp % groups:
+    groups = shape.get("num_query_groups", shape["num_attention_heads"])  # latent attention has a key for each head
+    if "num_query_groups" in shape and groups % tp and tp % groups:
         yield Problem(
             "kv_heads",
             ("model.tensor_model_parallel_size",),
@@ -124,27 +134,53 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
     yield from joint_problems(config, hf_config, shape)
 
 
+def _has_dense_layers(shape: Mapping[str, Any]) -> bool:
+    pattern = shape.get("moe_layer_freq", 1)
+    return 0 in pattern if isinstance(pattern, list) else pattern != 1
+
+
 def _fp8_shape(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
     """Widths that FP8 GEMMs do not take, of one rank's part; Transformer Engine would end the first step."""
     model = config.model
     multiple = 32 if model.fp8_recipe == "mxfp8" else 16
-    tensor, expert = "tensor_model_parallel_size", "expert_tensor_parallel_size"
-    heads, groups, channels = (shape[name] for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
-    ranks = model.tensor_model_parallel_size
-    widths = [
-        ("hidden states", shape["hidden_size"], tensor, 1),
-        ("outputs of attention", heads * channels, tensor, ranks),
-        ("queries, keys and values", (heads + 2 * max(groups, ranks)) * channels, tensor, ranks),
-        ("units of an expert", shape["moe_ffn_hidden_size"], expert, model.expert_tensor_parallel_size),
-    ]
-    for noun, width, name, parts in widths:
+    for noun, width, name in [("hidden states", shape["hidden_size"], None), *_linear_widths(config, shape)]:
+        parts = 1 if name is None else getattr(model, name)
         if width % parts == 0 and width // parts % multiple:
             yield Problem(
                 "fp8_widths",
-                ("model.fp8", "model.fp8_recipe", f"model.{name}"),
+                ("model.fp8", "model.fp8_recipe", *([f"model.{name}"] if name else [])),
                 f"{noun} are {width // parts} wide on a rank, and {model.fp8_recipe} takes multiples of {multiple}",
                 f"lower {name}, or do without FP8" if parts > 1 else "do without FP8",
             )
+
+
+def _linear_widths(config: Config, shape: Mapping[str, Any]) -> Iterator[tuple[str, int, str | None]]:
+    """What the linear layers of a layer take or give besides hidden states.
+
+    Yields:
+        Its name, its width over all ranks, and the parallel size that splits it (None: every rank has all of it).
+    """
+    tensor, expert = "tensor_model_parallel_size", "expert_tensor_parallel_size"
+    heads = shape["num_attention_heads"]
+    if shape.get("kv_lora_rank") is None:
+        # Every rank has at least one group.
+        groups, channels = max(shape["num_query_groups"], config.model.tensor_model_parallel_size), shape["kv_channels"]
+        yield "outputs of attention", heads * channels, tensor
+        yield "queries, keys and values", (heads + 2 * groups) * channels, tensor
+    else:
+        nope, rope, value = (shape[name] for name in ("qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"))
+        if shape.get("q_lora_rank") is not None:
+            yield "latent queries", shape["q_lora_rank"], None
+        yield "queries", heads * (nope + rope), tensor
+        yield "latent keys and values", shape["kv_lora_rank"], None
+        yield "latent keys and values with the rotary part", shape["kv_lora_rank"] + rope, None
+        yield "keys and values", heads * (nope + value), tensor
+        yield "outputs of attention", heads * value, tensor
+    yield "units of an expert", shape["moe_ffn_hidden_size"], expert
+    if shape.get("moe_shared_expert_intermediate_size"):
+        yield "units of the shared experts", shape["moe_shared_expert_intermediate_size"], tensor
+    if _has_dense_layers(shape):
+        yield "units of a dense layer", shape["ffn_hidden_size"], tensor
 
 
 def joint_problems(config: Config, hf_config: dict[str, Any] | None, shape: Mapping[str, Any]) -> Iterator[Problem]:

@@ -147,7 +147,8 @@ RULES: dict[str, Rule] = {
     ),
     "fp8_widths": Rule(
         ("model.fp8",),
-        "every width of a linear layer on one rank (hidden states, attention, experts) is a multiple of 16, mxfp8 32",
+        "every width of a linear layer on one rank (hidden states, attention and its latent vectors, experts, shared "
+        "experts, dense layers) is a multiple of 16, mxfp8 32",
         "lower the parallel size, or do without FP8",
     ),
     "recompute_full": Rule(
@@ -222,8 +223,8 @@ RULES: dict[str, Rule] = {
             "model.tensor_model_parallel_size",
             "model.expert_tensor_parallel_size",
         ),
-        "the first divides the experts, the second the attention heads and the vocabulary, the last the units of an "
-        "expert",
+        "the first divides the experts, the second the attention heads, the vocabulary and the units of dense layers "
+        "and shared experts, the last the units of an expert",
         "use a divisor",
     ),
     "layers": Rule(
@@ -296,6 +297,8 @@ OVERRIDE_REFUSALS = {
     "fp8_dot_product_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
     "fp8_multi_head_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
     "fp4": "batches are not aligned to what FP4 GEMMs take",
+    "cache_mla_latents": "it serves Megatron-Core's inference engine, and the first training step would fail",
+    "mla_down_proj_fusion": "its attention gives the latent norms the epsilon of all others, whatever the model says",
     "hierarchical_context_parallel_sizes": "the trainer creates one group for context parallelism",
     "hybrid_context_parallel": "all packs of a step are split over the whole context-parallel group",
     "moe_expert_capacity_factor": _NOT_EXPORTED,
@@ -308,6 +311,9 @@ OVERRIDE_REFUSALS = {
 # What a family sets and an override may change all the same: regularisation of the training, not part of the model.
 OVERRIDABLE = frozenset({"attention_dropout", "hidden_dropout"})
 
+# What a family sets because one of Megatron-Core's kernels is not for it, and why.
+KERNELS = {"apply_rope_fusion": "Megatron-Core's kernel is not for the rotary embeddings of this model"}
+
 # TransformerConfig fields that no family sets, because Megatron-Core's default is the model; another value is another
 # model, which the teacher would share (so the parity gate would pass) and the export would not.
 MODEL_DEFAULTS = frozenset(
@@ -317,6 +323,8 @@ MODEL_DEFAULTS = frozenset(
         "apply_query_key_layer_scaling",
         "apply_residual_connection_post_layernorm",
         "attention_output_gate",
+        "beta_fast",
+        "beta_slow",
         "experimental_attention_variant",
         "glu_linear_offset",
         "layernorm_zero_centered_gamma",
@@ -329,10 +337,13 @@ MODEL_DEFAULTS = frozenset(
         "moe_router_topk_scaling_factor",
         "moe_shared_expert_gate",
         "moe_shared_expert_intermediate_size",
+        "mscale",
+        "mscale_all_dim",
         "mtp_num_layers",
         "mtp_use_repeated_layer",
         "multi_latent_attention",
         "no_rope_freq",
+        "original_max_position_embeddings",
         "qk_l2_norm",
         "rotary_interleaved",
         "softmax_scale",
