@@ -16,8 +16,21 @@ from _front import make_parser, run, size_of
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion import megatron_to_hf
 
-    result = megatron_to_hf(args.megatron, args.hf, iteration=args.iteration, hf_config=args.hf_config)
-    return 0, result, [f"{args.hf}: iteration {result['iteration']}, {size_of(result)}, verified"]
+    result = megatron_to_hf(
+        args.megatron,
+        args.hf,
+        iteration=args.iteration,
+        hf_config=args.hf_config,
+        format=args.format,
+        interleave=args.interleave,
+        base_model=args.base_model,
+        card_metrics=args.card_metrics,
+    )
+    lines = [f"{args.hf}: iteration {result['iteration']}, {size_of(result)}, verified"]
+    if result["num_zero_experts"]:
+        extra = f"{result['extra_bytes']:,} bytes more than zeda" if result["extra_bytes"] else "no extra bytes"
+        lines.append(f"{result['export_format']}: {extra}; what serving it saves: {result['saves']}")
+    return 0, result, lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +46,17 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="folder with config.json and tokenizer of the model, for a checkpoint made by other tools",
     )
+    parser.add_argument(
+        "--format",
+        default="zeda",
+        choices=("zeda", "dense-zeros", "vllm-mone"),
+        help="how zero experts are written (docs/export_formats.md)",
+    )
+    parser.add_argument(
+        "--interleave", action="store_true", help="dense-zeros: spread the zero experts, for expert parallelism"
+    )
+    parser.add_argument("--base-model", help="hub id of the static model, for the model card")
+    parser.add_argument("--card-metrics", type=Path, help="JSON with scores and skip rate, or a run's report.json")
     return run(parser, _work, argv)
 
 

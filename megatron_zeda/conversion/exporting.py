@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_zeda.conversion.background import SourceHashes
 from megatron_zeda.conversion.folders import OutputFolder, files_in
+from megatron_zeda.conversion.formats import SAVES, FormatView, view_as
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, write_config
 from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, write_hf
 from megatron_zeda.conversion.manifest import make_plan
 from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder
+from megatron_zeda.conversion.model_card import CARD_FILE, CardMetrics, model_card, read_card_metrics
 from megatron_zeda.conversion.origins import known_hashes
-from megatron_zeda.models import HfConfig
+from megatron_zeda.models import ExpertLayout
 
 
 def megatron_to_hf(
@@ -22,6 +26,10 @@ def megatron_to_hf(
     iteration: int | None = None,
     hf_config: str | Path | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    format: str = "zeda",
+    interleave: bool = False,
+    base_model: str | None = None,
+    card_metrics: str | Path | None = None,
 ) -> dict[str, Any]:
     """Export one iteration, saved at any parallel layout, with or without optimizer state.
 
@@ -36,36 +44,84 @@ def megatron_to_hf(
         iteration: which iteration; the newest by default.
         hf_config: folder with ``config.json`` and tokenizer, for a checkpoint that no import of ours made.
         shard_bytes: largest weight file, if the source had several.
+        format: ``zeda``, ``dense-zeros`` or ``vllm-mone``, see :mod:`megatron_zeda.conversion.formats`.
+        interleave: spread the zero experts of ``dense-zeros`` among the real ones.
+        base_model: hub id of the static model, for the model card; by default what the manifest knows.
+        card_metrics: JSON file with what was measured, see :mod:`megatron_zeda.conversion.model_card`.
 
     Returns:
-        A summary: iteration, number of tensors, of those carried beside the model, and bytes, zero experts.
+        A summary: iteration, format, number of tensors, of those carried beside the model, and bytes, zero experts,
+        ``extra_bytes`` (more than the ``zeda`` form has) and ``saves`` (what serving this form saves).
 
     Raises:
-        InputError: for an input that is not a complete Megatron checkpoint of a known family, or an output that exists.
+        InputError: for an input that is not a complete Megatron checkpoint of a known family, an output that exists,
+            and a dial that the form cannot carry.
         ZedaError: for pickles that are not only data, or a full disk.
     """
-    source = MegatronFolder(megatron, iteration=iteration, hf_config=hf_config)
+    metrics = CardMetrics() if card_metrics is None else read_card_metrics(card_metrics)
+    layout: ExpertLayout | None = "per_expert" if format == "vllm-mone" else None  # vLLM wants it so there
+    source = MegatronFolder(megatron, iteration=iteration, hf_config=hf_config, layout=layout)
+    view = view_as(source, format, interleave=interleave)
+    _set_dtype(view)
+    metrics = metrics.complete(base_model or source.manifest.get("base_model"), _trained_weight(source))
     limit = shard_bytes if source.manifest.get("sharded", True) else None
     files = _source_files(source)
-    plan = make_plan("export", files, shard_bytes=limit)
+    plan = make_plan("export", files, shard_bytes=limit, format=format, interleave=interleave)
     known = known_hashes(source.path)
     with (
         OutputFolder(hf, plan=plan) as out,
         SourceHashes({name: path for name, path in files.items() if name in known}, known) as hashes,
     ):
-        written = write_hf(source, out, shard_bytes=limit, what="export")
-        write_config(out.partial, _config(source), source.family)
+        written = write_hf(view, out, shard_bytes=limit, what="export")
+        write_config(out.partial, view.config, source.family)
+        for name, values in view.files.items():
+            out.write_json(name, values)
         copy_side_files(source.hf, out.partial)
         HfFolder(out.partial).close()  # configuration, table, index and headers agree
-        summary = {
-            "iteration": source.iteration,
-            **written,
-            "num_experts": source.family.num_experts(source.config),
-            "num_zero_experts": source.family.num_zero_experts(source.config),
-        }
+        summary = _summary(source, view, written)
+        (out.partial / CARD_FILE).write_text(_card(source, view, summary, metrics), encoding="utf-8")
         if source.manifest:
             out.manifest = {**source.manifest, "exported": {**summary, "files_checked": hashes.result()}}
     return summary
+
+
+def _summary(source: MegatronFolder, view: FormatView, written: dict[str, Any]) -> dict[str, Any]:
+    zero = source.family.num_zero_experts(source.config)
+    return {
+        "iteration": source.iteration,
+        "export_format": view.format,
+        **written,
+        "num_experts": source.family.num_experts(source.config),
+        "num_zero_experts": zero,
+        "extra_bytes": view.num_bytes - view_as(source).num_bytes,
+        "saves": SAVES[view.format] if zero else "nothing: the model is static",
+    }
+
+
+def _card(source: MegatronFolder, view: FormatView, summary: dict[str, Any], metrics: CardMetrics) -> str:
+    return model_card(
+        source.family,
+        dict(view.config),
+        view.format,
+        num_experts=summary["num_experts"],
+        num_zero_experts=summary["num_zero_experts"],
+        num_bytes=summary["num_bytes"],
+        num_carried=summary["num_carried"],
+        metrics=metrics,
+    )
+
+
+def _trained_weight(source: MegatronFolder) -> float | None:
+    """w of the run that saved this checkpoint, from the ``config.yaml`` that training puts beside it."""
+    path = source.folder / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        weight = values["zero_experts"]["weight"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return float(weight) if isinstance(weight, (int, float)) else None
 
 
 def _source_files(source: MegatronFolder) -> dict[str, Path]:
@@ -75,14 +131,9 @@ def _source_files(source: MegatronFolder) -> dict[str, Path]:
     return weights | {name: path for name, path in beside.items() if path.is_file()}
 
 
-def _config(source: MegatronFolder) -> dict[str, Any]:
-    """``config.json`` of the export: zero-expert keys written out, and the type the weights really have."""
-    zero = source.family.num_zero_experts(source.config)
-    config = HfConfig(source.config, where=source.config.where)
-    if zero:
-        config = source.family.make_dynamic(config, zero)
-    dtype = str(source.dtype(source.rows[0].pieces[0])).removeprefix("torch.")
+def _set_dtype(view: FormatView) -> None:
+    """``config.json`` names the type that the weights really have."""
+    dtype = str(view.dtype(view.rows[0].pieces[0])).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = dtype
-    return config
+        if key in view.config:
+            view.config[key] = dtype

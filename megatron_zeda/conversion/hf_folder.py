@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from megatron_zeda.conversion.folders import sha256, write_json
+from megatron_zeda.conversion.formats import as_zeda
 from megatron_zeda.conversion.safetensors_io import SafetensorsReader, check_inside
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, family_for, load_hf_config
@@ -39,7 +40,10 @@ CARRIED_FILE = "carried.safetensors"
 class HfFolder:
     """A checked Hugging Face checkpoint: configuration, family, table and tensors that agree with each other.
 
+    A ``vllm-mone`` export is seen as the ``zeda`` checkpoint that it holds (:mod:`megatron_zeda.conversion.formats`).
+
     Attributes:
+        config: its configuration, in the ``zeda`` form.
         layout: how its experts lie on disk.
         rows: its weight table.
         carried: tensors beside the model that it has, for instance a layer that only drafts; empty if it has none.
@@ -52,8 +56,9 @@ class HfFolder:
             InputError: for a configuration or weights that are not what the family's table says.
         """
         self.path = Path(path)
-        self.config = load_hf_config(path)
-        self.family: Family = family_for(self.config)
+        config = load_hf_config(path)
+        self.family: Family = family_for(config)
+        self.config, self._constants = as_zeda(self.family, config)
         self.reader = SafetensorsReader(path)
         fused = self.family.fused_tensor_names(self.config) & self.reader.tensors.keys()
         self.layout: ExpertLayout = "fused" if fused else "per_expert"
@@ -105,7 +110,7 @@ class HfFolder:
     def _check_tensors(self) -> None:
         stored = self.reader.tensors
         rows = self.rows + self.carried
-        expected = {piece.name: piece for piece in pieces_of(rows)}
+        expected = {piece.name: piece for piece in [*pieces_of(rows), *self._constants]}
         for row in rows:
             for piece in row.pieces:
                 if row.grow is not None and piece.name in stored:
@@ -127,6 +132,13 @@ class HfFolder:
                     where=stored[name].file,
                     value=list(stored[name].shape),
                     rule=f"{list(piece.tensor_shape)} by config.json",
+                )
+        for piece in self._constants:
+            if self.read(piece).count_nonzero():
+                raise InputError(
+                    f"{piece.name} is not zero",
+                    where=self.where(piece),
+                    rule="a constant that stands for an expert is zero: other ones are not supported",
                 )
 
     def _check_gate(self, piece: HfPiece) -> None:

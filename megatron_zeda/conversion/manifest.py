@@ -51,15 +51,17 @@ def make_manifest(source: HfFolder, *, files: dict[str, Any] | None = None, **mo
         files: name -> bytes and SHA-256 of its files; computed if not given.
         more: further entries.
     """
+    earlier, name = read_manifest(source.path), source_name(source.path)
     return {
         "format": 1,
         "versions": versions(),
+        "base_model": earlier.get("base_model", None if source.num_zero_experts else name),
         "family": source.family.name,
         "num_experts": source.family.num_experts(source.config),
         "num_zero_experts": source.num_zero_experts,
-        "injection_seed": read_manifest(source.path).get("injection_seed"),
+        "injection_seed": earlier.get("injection_seed"),
         "source": {
-            "name": source_name(source.path),
+            "name": name,
             "revision": source_revision(source.path),
             "files": files or source.file_hashes(),
         },

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,14 @@ class CardMetrics:
     scores: Mapping[str, float] = field(default_factory=dict)
     base_scores: Mapping[str, float] = field(default_factory=dict)
     source: str | None = None
+
+    def complete(self, base_model: str | None, weight: float | None) -> CardMetrics:
+        """This, with what it does not say itself."""
+        return replace(
+            self,
+            base_model=self.base_model or base_model,
+            weight=weight if self.weight is None else self.weight,
+        )
 
 
 def read_card_metrics(path: str | Path) -> CardMetrics:
