@@ -24,6 +24,22 @@ def tiny_dynamic(tiny_static: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_glm_static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A static GLM-4.7-Flash folder with a tokenizer: 3 layers, the first one dense, 8 experts, K = 4."""
+    from tiny_hf import save_static
+
+    return save_static(tmp_path_factory.mktemp("tiny-glm") / "static", family="glm4_moe_lite")
+
+
+@pytest.fixture(scope="session")
+def tiny_glm_dynamic(tiny_glm_static: Path) -> Path:
+    """The same model with 4 zero experts."""
+    from tiny_hf import save_dynamic
+
+    return save_dynamic(tiny_glm_static, tiny_glm_static.parent / "dynamic")
+
+
+@pytest.fixture(scope="session")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest static checkpoint, written by stock transformers: 2 layers, 4 experts, K = 2, no tokenizer."""
     from checkpoints import make_hf

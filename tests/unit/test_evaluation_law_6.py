@@ -19,20 +19,22 @@ from megatron_zeda.rollout.hf_folder import load_model
 from megatron_zeda.zero_experts import router_statistics
 
 
+@pytest.mark.parametrize("folder", ["tiny_dynamic", "tiny_glm_dynamic"])
 def test_law_6_training_and_export_report_the_same_skip_rate(
-    megatron: None, tmp_path: Path, tiny_dynamic: Path
+    megatron: None, tmp_path: Path, folder: str, request: pytest.FixtureRequest
 ) -> None:
+    dynamic = request.getfixturevalue(folder)
     rng = random.Random(3)
     rollouts = []
     for _ in range(9):
         prompt, response = ([rng.randrange(len(VOCABULARY)) for _ in range(rng.randrange(1, 12))] for _ in range(2))
         rollouts.append(Rollout(0, [{"role": "user", "content": ""}], prompt, response, None, "length", {}, "", ""))
 
-    hf_to_megatron(tiny_dynamic, tmp_path / "megatron")
+    hf_to_megatron(dynamic, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "exported")
     exported = score_rollouts(load_model(tmp_path / "exported", device=torch.device("cpu")), rollouts, batch_size=4)
 
-    model = megatron_model(load_hf_config(tiny_dynamic), perform_initialization=False)
+    model = megatron_model(load_hf_config(dynamic), perform_initialization=False)
     load_megatron(model, latest_checkpoint_dir(tmp_path / "megatron"))
     width = max(len(r.prompt_ids + r.response_ids) for r in rollouts) - 1
     ids = torch.zeros(len(rollouts), width, dtype=torch.long)

@@ -17,10 +17,10 @@ from megatron_zeda.rollout.decode import decode, draws, left_pad, pick_tokens
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
 
-@pytest.fixture(scope="module", params=["static", "dynamic"])
-def engine(request: pytest.FixtureRequest, tiny_static: Path, tiny_dynamic: Path) -> TransformersEngine:
-    made = TransformersEngine(tiny_static if request.param == "static" else tiny_dynamic)
-    # An end-of-sequence token that this random model does say, so that responses stop at different lengths.
+@pytest.fixture(scope="module", params=["tiny_static", "tiny_dynamic", "tiny_glm_static", "tiny_glm_dynamic"])
+def engine(request: pytest.FixtureRequest) -> TransformersEngine:
+    made = TransformersEngine(request.getfixturevalue(request.param))
+    # End-of-sequence tokens that these random models do say, so that responses stop at different lengths.
     made.eos_ids = [9, 14, 45]
     return made
 
