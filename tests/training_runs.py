@@ -1,4 +1,4 @@
-"""A tiny Qwen3-MoE teacher, the student injected from it, data, a configuration: what the training tests start from."""
+"""A tiny teacher, the student injected from it, data, a configuration: what the training tests start from."""
 
 import gc
 import json
@@ -30,8 +30,6 @@ def make_run(root: Path, *, num_layers: int = 2, **changes: float) -> None:
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts
-
     torch.manual_seed(0)
     settings = {
         "vocab_size": VOCABULARY,
@@ -51,6 +49,21 @@ def make_run(root: Path, *, num_layers: int = 2, **changes: float) -> None:
     }
     config = Qwen3MoeConfig(**settings | changes)
     Qwen3MoeForCausalLM(config).save_pretrained(root / "teacher_hf")
+    _from_teacher(root)
+
+
+def make_glm_run(root: Path, *, num_layers: int = 3) -> None:
+    """As :func:`make_run` for GLM-4.7-Flash: layer 0 is dense, and a layer that drafts tokens lies beside the model."""
+    from checkpoints import make_hf
+
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": num_layers, "n_routed_experts": 8}
+    make_hf(root / "teacher_hf", family="glm4_moe_lite", mtp=True, max_position_embeddings=128, **sizes)
+    _from_teacher(root)
+
+
+def _from_teacher(root: Path) -> None:
+    from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts
+
     inject_zero_experts(root / "teacher_hf", root / "student_hf")
     hf_to_megatron(root / "teacher_hf", root / "teacher")
     hf_to_megatron(root / "student_hf", root / "student")
