@@ -263,6 +263,14 @@ def _vllm_mone(source: ExportSource) -> FormatView:
     zero, dial = family.num_zero_experts(source.config), zero_logit_bias(source.config)
     if source.layout != "per_expert":
         raise ValueError("vllm-mone is written in the per_expert layout: open the source so")
+    stacked = [row.key for row in source.carried if row.key.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    if stacked:
+        raise InputError(
+            f"the experts of {stacked[0]} are stacked in one tensor",
+            where=where_of(source.config),
+            rule="vllm-mone names every expert",
+            fix="export as zeda or dense-zeros",
+        )
     constants = _constants([*source.rows, *source.carried], real, zero, source.config["hidden_size"])
     like = {constant: piece for constant, (piece, _) in constants.items()}
     config = stock_config(family, source.config, real + zero)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from checkpoints import (
 from export_views import load_as_vllm, save_view
 from safetensors.torch import save_file
 
-from megatron_zeda.conversion import inject_zero_experts
+from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf, verify_checkpoint
 from megatron_zeda.conversion.formats import ZEDA_OVERRIDES_FILE, as_zeda, expert_order, view_as
 from megatron_zeda.conversion.hf_folder import HfFolder
 from megatron_zeda.errors import InputError
@@ -271,3 +272,95 @@ def test_sizes(dynamic: Path, tmp_path: Path) -> None:
             view = view_as(source, format)
             written = read_tensors(save_view(view, tmp_path / format))
         assert view.num_bytes == sum(tensor.nbytes for tensor in written.values())
+
+
+# ---- the whole way: Megatron checkpoint -> export -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["per_expert", "fused"])
+def megatron(request: pytest.FixtureRequest, dynamic: Path, fused: Path) -> tuple[Path, Path]:
+    """A Megatron checkpoint, and the Hugging Face folder that it was imported from."""
+    source = fused if request.param else dynamic
+    if not (source.parent / "megatron").exists():
+        hf_to_megatron(source, source.parent / "megatron")
+    return source.parent / "megatron", source
+
+
+@pytest.mark.parametrize("format", ["zeda", "dense-zeros", "vllm-mone"])
+def test_exports_compute_what_the_checkpoint_does(
+    megatron: tuple[Path, Path], family: str, tmp_path: Path, format: str
+) -> None:
+    checkpoint, source = megatron
+    if format == "vllm-mone" and family == "glm4_moe_lite" and "fused" in str(source):
+        with pytest.raises(InputError, match=r"model\.layers\.2\..* stacked"):  # its drafting layer's experts
+            megatron_to_hf(checkpoint, tmp_path / "out", format=format)
+        return
+    summary = megatron_to_hf(checkpoint, tmp_path / "out", format=format)
+    written = read_tensors(tmp_path / "out")
+    zeda = sum(tensor.nbytes for tensor in read_tensors(source).values())
+    assert summary["export_format"] == format
+    assert summary["extra_bytes"] == sum(tensor.nbytes for tensor in written.values()) - zeda
+    assert (summary["extra_bytes"] == 0) == (format == "zeda")
+    with torch.no_grad():
+        model = load_as_vllm(tmp_path / "out") if format == "vllm-mone" else load_hf_model(tmp_path / "out")
+        assert (model(IDS).logits - _logits(source)).abs().max() < 1e-5
+    assert list((tmp_path / "out").glob("modeling_*")) == [] or format == "zeda"
+
+
+def test_a_vllm_mone_folder_is_imported_and_verified_as_what_it_holds(dynamic: Path, tmp_path: Path) -> None:
+    hf_to_megatron(dynamic, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "mone", format="vllm-mone")
+    assert verify_checkpoint(tmp_path / "mone", dynamic) == []
+    assert verify_checkpoint(tmp_path / "megatron", tmp_path / "mone") == []
+    hf_to_megatron(tmp_path / "mone", tmp_path / "again")
+    megatron_to_hf(tmp_path / "again", tmp_path / "zeda")
+    assert_same_bits(read_tensors(tmp_path / "zeda"), read_tensors(dynamic))
+    assert load_hf_config(tmp_path / "zeda") == load_hf_config(dynamic)
+
+
+def test_constants_that_are_not_zero_are_refused(qwen: Path, tmp_path: Path) -> None:
+    written = _export(qwen, tmp_path / "mone", "vllm-mone")
+    tensors = read_tensors(written)
+    name = "model.layers.1.mlp.experts.7.approx_value"
+    for value, message in ((torch.ones(32), "is not zero"), (torch.zeros(31), "wrong shape"), (None, "missing")):
+        changed = {key: tensor for key, tensor in tensors.items() if key != name or value is not None}
+        save_file(changed | ({} if value is None else {name: value}), written / "model.safetensors")
+        with pytest.raises(InputError, match=f"{message}|{name}") as caught:
+            HfFolder(written)
+        assert name in str(caught.value)
+        assert message in str(caught.value)
+
+
+def test_what_lies_beside_the_weights(qwen: Path, tmp_path: Path) -> None:
+    """Tokenizer, template, generation settings and licence travel; code, cards, pickles and other weights do not."""
+    source = shutil.copytree(qwen, tmp_path / "source")
+    kept = {
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "generation_config.json": '{"temperature": 0.6}',
+        "special_tokens_map.json": "{}",
+        "LICENSE": "Apache",
+    }
+    stale = {
+        "README.md": "the old card",
+        "modeling_other.py": "code",
+        "configuration_other.py": "code",
+        "pytorch_model.bin": "pickle",
+        "tokenizer.pkl": "pickle",
+        "quantize_config.json": "{}",
+        "model.safetensors.bak": "",
+        ".gitattributes": "",
+        "figures.png": "",
+    }
+    for name, text in {**kept, **stale}.items():
+        (source / name).write_text(text)
+    hf_to_megatron(source, tmp_path / "megatron")
+    weights = {"config.json", "model.safetensors", "zeda_manifest.json", "README.md"}
+    code = {"modeling_zeda_base.py", "modeling_zeda_qwen3_moe.py"}
+    for format, more in (("zeda", code), ("dense-zeros", set()), ("vllm-mone", {ZEDA_OVERRIDES_FILE})):
+        out = tmp_path / format
+        megatron_to_hf(tmp_path / "megatron", out, format=format)
+        assert {path.name for path in out.iterdir()} == weights | more | kept.keys()
+        assert all((out / name).read_text() == text for name, text in kept.items())
+        assert (out / "README.md").read_text() != "the old card"
