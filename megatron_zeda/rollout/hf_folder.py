@@ -16,7 +16,7 @@ import torch
 from megatron_zeda.conversion.hf_folder import HfFolder
 from megatron_zeda.conversion.safetensors_io import SafetensorsReader
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.models import HfConfig, family_for, load_hf_config
+from megatron_zeda.models import ExpertLayout, HfConfig, family_for, load_hf_config
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -80,7 +80,7 @@ def load_model(
             that do not fit the configuration, a K that is not there.
     """
     with HfFolder(folder) as checked:
-        config, carried = checked.config, {row.key for row in checked.carried}
+        config, carried = checked.config, _carried_names(checked)
     if num_experts_per_token is not None:
         _check_experts_per_token(config, num_experts_per_token)
     model_class, hf_config = _class_and_config(folder, config, trust_remote_code)
@@ -111,6 +111,14 @@ def load_model(
     if not trust_remote_code and not family_for(config).num_zero_experts(config):
         family_for(config).adapt_stock_model(model, config)
     return model.to(device).eval()
+
+
+def _carried_names(folder: HfFolder) -> set[str]:
+    """Tensors beside the model, by the names that transformers reports: it stacks the experts of those, too."""
+    if not folder.carried:
+        return set()
+    layouts: tuple[ExpertLayout, ...] = ("per_expert", "fused")
+    return {row.key for layout in layouts for row in folder.family.carried_rows(folder.config, layout)}
 
 
 def _check_experts_per_token(config: HfConfig, topk: int) -> None:
