@@ -19,14 +19,16 @@ from megatron_zeda.data.jsonl import read_lines
 from megatron_zeda.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEFAULT_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
-"""Largest difference of a logit that passes: what another order of the same additions makes in a deep model."""
+FLOAT32_TOLERANCE = 1e-4
+"""Largest difference of a logit that another order of the same additions explains. In bfloat16 there is no such number:
+a near-tie between two experts may fall the other way, and then values differ by as much as the experts do."""
 DEFAULT_PROMPTS = (
     "The three laws of thermodynamics, in one sentence each:",
     "def quicksort(items):\n",
     "Q: A train leaves at 9:40 and arrives at 13:05. How long does it travel?\nA:",
     "Im Jahr 1905 veröffentlichte Albert Einstein",
 )
+MAX_TOKENS = 256
 _RANDOM_PROMPTS, _RANDOM_LENGTH = 4, 32
 
 
@@ -65,9 +67,16 @@ class LogitsComparison:
     num_tokens: int
     prompts: str
 
-    def within(self, tolerance: float) -> bool:
-        """Whether no logit differs by more."""
-        return self.logits.largest <= tolerance
+    def lines(self) -> list[str]:
+        """For people: one line per layer, then the logits."""
+        differences = [*self.layers, self.logits]
+        width = max(len(found.name) for found in differences)
+        table = [
+            f"{found.name:{width}}  largest difference {found.largest:.2e} of values up to {found.scale:.2e}"
+            for found in differences
+        ]
+        words = f"{100 * self.same_next_token:.2f} % of next tokens are the same"
+        return [*table, f"{self.num_tokens} tokens ({self.prompts}): mean KL {self.mean_kl:.2e}, {words}"]
 
 
 def compare_logits(
@@ -76,7 +85,7 @@ def compare_logits(
     *,
     prompts: str | Path | None = None,
     dtype: str = "float32",
-    max_tokens: int = 256,
+    max_tokens: int = MAX_TOKENS,
     mask_zero_experts: bool = False,
 ) -> LogitsComparison:
     """Run two checkpoints on the same prompts and compare what they compute, layer by layer.
