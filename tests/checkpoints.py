@@ -98,6 +98,23 @@ def _family(name: str) -> tuple[Any, Any, dict[str, Any]]:
             "eos_token_id": None,
         }
         return transformers.Glm4MoeLiteConfig, transformers.Glm4MoeLiteForCausalLM, shared | own
+    if name == "glm4_moe":
+        own = {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "n_routed_experts": EXPERTS,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 2.5,
+            "rms_norm_eps": 1e-5,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+            "num_nextn_predict_layers": 1,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        return transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM, shared | own
     raise ValueError(f"no maker for family {name!r}")
 
 

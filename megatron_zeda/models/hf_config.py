@@ -90,8 +90,13 @@ def refuse_unless(hf_config: dict[str, Any], key: str, allowed: tuple[Any, ...],
         )
 
 
-def rope_theta(hf_config: dict[str, Any]) -> float:
-    """The rotary base, from ``rope_theta`` or transformers 5's ``rope_parameters``; scaled variants are refused."""
+def rope_theta(hf_config: dict[str, Any], *, rotary_factor: float = 1.0) -> float:
+    """The rotary base, from ``rope_theta`` or transformers 5's ``rope_parameters``; scaled variants are refused.
+
+    Args:
+        hf_config: the configuration.
+        rotary_factor: the part of a head that rotates; parameters that name another are refused too.
+    """
     where = where_of(hf_config)
     values = []
     for key in ("rope_parameters", "rope_scaling"):
@@ -101,7 +106,7 @@ def rope_theta(hf_config: dict[str, Any]) -> float:
         if not isinstance(parameters, dict):
             raise InputError(f"`{key}` is wrong", where=where, value=parameters, rule="an object or null")
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        if kind != "default" or parameters.get("partial_rotary_factor", rotary_factor) != rotary_factor:
             raise InputError(
                 f"`{key}` asks for scaled rotary embeddings",
                 where=where,

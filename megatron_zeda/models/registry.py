@@ -7,11 +7,12 @@ from typing import Any
 
 from megatron_zeda.errors import InputError
 from megatron_zeda.models.base import Family
+from megatron_zeda.models.glm4_moe import Glm4Moe
 from megatron_zeda.models.glm4_moe_lite import Glm4MoeLite
 from megatron_zeda.models.hf_config import HfConfig, where_of
 from megatron_zeda.models.qwen3_moe import Qwen3Moe
 
-FAMILIES: tuple[Family, ...] = (Qwen3Moe(), Glm4MoeLite())
+FAMILIES: tuple[Family, ...] = (Qwen3Moe(), Glm4MoeLite(), Glm4Moe())
 
 
 def family_for(hf_config: dict[str, Any], *, where: str | Path | None = None) -> Family:
