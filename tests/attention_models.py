@@ -71,14 +71,20 @@ def attention_config(latent: bool, **changes: Any) -> ZeroExpertTransformerConfi
 
 def build_model(config: Any) -> GPTModel:
     """A language model whose parameters depend on their names only, not on the layout (for TP 1)."""
-    model = GPTModel(
-        config,
-        get_zero_expert_layer_spec(config),
-        VOCAB,
-        512,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+    return fill(
+        GPTModel(
+            config,
+            get_zero_expert_layer_spec(config),
+            VOCAB,
+            512,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=False,
+        )
     )
+
+
+def fill(model: GPTModel) -> GPTModel:
+    """Draw every parameter anew, from its name alone."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -1,4 +1,4 @@
-"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|runs|wide FOLDER``.
+"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|glm|runs|wide FOLDER``.
 
 A process of its own, because the CPU adapter refuses to run where a GPU is visible. Compiled packages whose kernels
 need one are hidden too: Megatron-Core takes apex's Adam and its norms of gradients wherever it can import them.
@@ -24,6 +24,36 @@ MODEL: dict[str, Any] = {
     "ffn_hidden_size": 128,
     "moe_ffn_hidden_size": 128,
     "init_method_std": 0.05,
+}
+# GLM-4.7-Flash in small: a dense layer, a shared expert, a selection bias, latent norms with an epsilon of their own.
+GLM: dict[str, Any] = {
+    "architectures": ["Glm4MoeLitePlusPlusForCausalLM"],
+    "model_type": "glm4_moe_lite",
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8,
+    "rms_norm_eps": 1e-5,
+    "zeda_latent_norm_eps": 0.3,  # large enough that no other value gives the same numbers
+    "rope_theta": 1e6,
+    "max_position_embeddings": 128,
+    "zce_nums": [4],
+    "zce_types": ["zero"],
+    "use_zce_mask": False,
 }
 HIDDEN_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 RUNS: dict[str, dict[str, Any]] = {
@@ -69,13 +99,24 @@ def losses_and_gradients(model: Any, packed: bool = False) -> tuple[Any, dict[st
             setattr(parameters["packed_seq_params"], f"{name}_padded", boundaries)
     losses = model(ids, positions.to(ids.device)[None], None, labels=ids.roll(-1, 1), **parameters)
     losses.float().mean().backward()
-    gradients = {te_name(name): p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {
+        te_name(name, model.config): p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None
+    }
     return losses.detach().float().cpu(), gradients
 
 
-def te_name(name: str) -> str:
+def te_name(name: str, config: Any) -> str:
     """What Transformer Engine's fused modules call a parameter of the local layers."""
-    name = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+    if config.multi_latent_attention:
+        for latent in ("q", "kv"):
+            name = name.replace(f".{latent}_layernorm.weight", f".linear_{latent}_up_proj.layer_norm_weight")
+    else:
+        name = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+    if isinstance(config.moe_layer_freq, list):
+        for layer, kind in enumerate(config.moe_layer_freq):
+            if not kind:
+                norm = f"layers.{layer}.pre_mlp_layernorm.weight"
+                name = name.replace(norm, f"layers.{layer}.mlp.linear_fc1.layer_norm_weight")
     if "local_experts." not in name:
         return name
     before, after = name.split("local_experts.")
@@ -83,10 +124,17 @@ def te_name(name: str) -> str:
     return f"{before}{rest}{number}"
 
 
-def write_model(folder: Path) -> None:
+def build_glm(**overrides: Any) -> Any:
+    """A GLM model whose parameters nobody has set."""
+    from megatron_zeda.models import build_gpt_model, build_transformer_config
+
+    return build_gpt_model(GLM, build_transformer_config(GLM, **overrides))
+
+
+def write_model(folder: Path, what: str = "model") -> None:
     """A model of the local layers: its checkpoint, its losses and gradients."""
     import torch
-    from attention_models import build_model
+    from attention_models import build_model, fill
     from layers import layer_config
     from megatron.core import dist_checkpointing
     from spawn import initialize_megatron
@@ -97,7 +145,13 @@ def write_model(folder: Path) -> None:
     platform.install()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     initialize_megatron()
-    model = build_model(layer_config(**MODEL))
+    if what == "model":
+        model = build_model(layer_config(**MODEL))
+    else:
+        model = fill(build_glm())
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(len(name)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and "router" not in name:
@@ -108,6 +162,11 @@ def write_model(folder: Path) -> None:
     dist_checkpointing.save(state, str(target))
     megatron_io.write_latest_iteration(folder, 0)
     torch.save(losses_and_gradients(model), folder / "reference.pt")
+
+
+def write_glm(folder: Path) -> None:
+    """The same for GLM-4.7-Flash in small."""
+    write_model(folder, "glm")
 
 
 def run_config(folder: Path, name: str, settings: dict[str, Any]) -> Any:
@@ -156,4 +215,4 @@ def write_wide(folder: Path) -> None:
 if __name__ == "__main__":
     for package in HIDDEN_PACKAGES:
         sys.modules[package] = None  # type: ignore[assignment]  # importing it fails from here on
-    {"model": write_model, "runs": write_runs, "wide": write_wide}[sys.argv[1]](Path(sys.argv[2]))
+    {"model": write_model, "glm": write_glm, "runs": write_runs, "wide": write_wide}[sys.argv[1]](Path(sys.argv[2]))
