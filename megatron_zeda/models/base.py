@@ -220,7 +220,7 @@ class Family(ABC):
         """
         return []
 
-    def adapt_stock_model(self, model: Any, hf_config: dict[str, Any]) -> None:  # noqa: B027 (most families have nothing to do)
+    def adapt_stock_model(self, model: Any, hf_config: dict[str, Any]) -> None:  # noqa: B027
         """Apply settings of ours to a stock ``transformers`` model, which does not read them. Most families have none.
 
         Args:
