@@ -226,7 +226,10 @@ def _report_scores(model: dict[str, Any], path: Path) -> dict[str, float]:
         value = _number(model.get(key), path, key, low=0.0)
         if value is not None:
             found[key.replace("_", " ")] = value
-    for name, task in (model.get("accuracy_by_task") or {}).items():
+    tasks = model.get("accuracy_by_task") or {}
+    if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+        raise InputError("`accuracy_by_task` is wrong", where=path, value=tasks, rule="the report.json of zeda report")
+    for name, task in tasks.items():
         number = _number(task.get("accuracy"), path, f"accuracy_by_task.{name}", low=0.0)
         if number is not None:
             found[f"accuracy, {name}"] = number
