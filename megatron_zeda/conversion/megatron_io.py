@@ -183,8 +183,10 @@ class MegatronFolder:
         if self._beside is None:
             return []
         stored, path = self._beside.tensors, self.hf / CARRIED_FILE
-        layout = self.manifest.get("expert_layout", self.layout)  # it was copied as it lay there
-        rows = present_carried(self.family.carried_rows(self.config, layout), stored.keys(), path)
+        tables = [self.family.carried_rows(self.config, layout) for layout in ("per_expert", "fused")]
+        # It was copied as it lay in the source, whatever layout is asked for now.
+        fitting = [table for table in tables if stored.keys() <= {str(row) for row in table}]
+        rows = present_carried((fitting or tables)[0], stored.keys(), path)
         shapes = {piece.name: piece.tensor_shape for row in rows for piece in row.pieces}
         for name, info in stored.items():
             if shapes.get(name) != info.shape:
@@ -208,6 +210,8 @@ class MegatronFolder:
                 continue
             blocks[str(row)] = block
             self._check_shape(row, block)
+        for key in {block.key for block in blocks.values()}:
+            self.tensors.require_complete(key)
         for names, problem in ((missing, "missing"), (stored - {block.key for block in blocks.values()}, "unexpected")):
             if names:
                 raise InputError(

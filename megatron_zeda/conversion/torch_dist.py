@@ -65,6 +65,17 @@ class TorchDistReader:
         """Type of a tensor."""
         return self.tensors[key].properties.dtype
 
+    def require_complete(self, key: str) -> None:
+        """Refuse a tensor of which pieces are missing; reading a block of it finds out where.
+
+        Raises:
+            InputError: names the tensor.
+        """
+        entry = self.tensors[key]
+        stored, size = sum(math.prod(chunk.sizes) for chunk in entry.chunks), math.prod(entry.size)
+        if stored != size:
+            raise InputError(f"{key} is not complete", where=self.folder, value=f"{stored} of {size} values are stored")
+
     def read(self, row: WeightRow) -> torch.Tensor:
         """Read one block of the table; do not change it, several blocks may share memory.
 
