@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 _UNSET: Any = object()
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than this disk or a limit of this process allows",
+}
+"""What the system says when it takes no more bytes."""
 
 
 class ZedaError(Exception):
@@ -63,9 +69,8 @@ def disk_errors(where: str | Path, *, more: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            problem = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
-            raise ZedaError(problem, where=where, fix=f"free space or choose another folder{more}") from error
+        if error.errno in FULL:
+            raise ZedaError(FULL[error.errno], where=where, fix=f"free space or choose another folder{more}") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             place = error.filename or where
             raise ZedaError(f"no access ({error.strerror})", where=place, fix=f"check the permissions{more}") from error

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_zeda.errors import InputError, ZedaError, disk_errors
+from megatron_zeda.errors import FULL, InputError, ZedaError, disk_errors
 
 MANIFEST_FILE = "zeda_manifest.json"
 _CHUNK_BYTES = 1 << 22
@@ -317,7 +317,7 @@ def _blamed_input(error: BaseException, path: Path, *ours: Path) -> InputError |
     """For an error at a file that is neither the output nor above it: one about that file."""
     if not isinstance(error, OSError) or not isinstance(error.filename, (str, os.PathLike)):
         return None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return None  # a copy that fills the disk names its source
     place = Path(os.path.abspath(error.filename))
     if place in (path, *path.parents, *ours) or any(folder in place.parents for folder in ours):
