@@ -622,7 +622,7 @@ def _change_bytes(change: Callable[[bytearray], None], path: Path) -> None:
 
 def _flip_one(data: bytearray) -> None:
     """One bit of a weight: where bytes differ from each other, unlike in padding."""
-    place = next(n for n in range(len(data) * 2 // 3, len(data)) if len(set(data[n - 32 : n + 32])) > 30)
+    place = next(n for n in range(len(data) * 2 // 3, len(data)) if len(set(data[n - 32 : n + 32])) > 45)
     data[place] ^= 1
 
 
