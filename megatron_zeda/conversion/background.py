@@ -29,6 +29,7 @@ class Verifier:
     def __init__(self, out: OutputFolder) -> None:
         self._out = out
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushes: list[Future[None]] = []
         self._pending: tuple[str, Future[str], dict[str, Any]] | None = None
 
@@ -42,7 +43,7 @@ class Verifier:
             finally:
                 os.close(copy)
 
-        self._flushes.append(self._thread.submit(work))
+        self._flushes.append(self._flusher.submit(work))
 
     def submit(self, file: str, check: Callable[[], str], **record: Any) -> None:
         """Verify a closed file. Waits for the one before, so that at most two are unfinished.
@@ -73,6 +74,7 @@ class Verifier:
             if kind is None:
                 self.wait()
         finally:
+            self._flusher.shutdown()
             self._thread.shutdown()
         if kind is not None and self._is_verified():
             self.wait()  # the file before the one that could not be written need not be written again

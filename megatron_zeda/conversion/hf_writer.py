@@ -25,7 +25,8 @@ from megatron_zeda.conversion.safetensors_io import (
 from megatron_zeda.conversion.verification import Source
 from megatron_zeda.models import HfPiece
 
-DEFAULT_SHARD_BYTES = 4 * 10**9
+DEFAULT_SHARD_BYTES = 2 * 10**9
+"""A file is what is verified while the next one is written, and what is kept when a run is killed: not too large."""
 _FLUSH_BYTES = 1 << 28  # the disk works while the next tensors are read
 
 

@@ -56,7 +56,7 @@ def source_name(folder: Path) -> str:
 
 
 def _is_weight_file(name: str) -> bool:
-    return name.endswith((".safetensors", ".distcp"))
+    return name.endswith((".safetensors", ".distcp", ".metadata", ".pt"))
 
 
 def _download_notes(folder: Path) -> Iterator[tuple[str, str, str]]:
