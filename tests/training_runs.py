@@ -4,6 +4,7 @@ import gc
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from megatron_zeda.config import Config
 
@@ -56,7 +57,7 @@ def make_glm_run(root: Path, *, num_layers: int = 3) -> None:
     """As :func:`make_run` for GLM-4.7-Flash: layer 0 is dense, and a layer that drafts tokens lies beside the model."""
     from checkpoints import make_hf
 
-    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": num_layers, "n_routed_experts": 8}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": num_layers, "n_routed_experts": 8}
     make_hf(root / "teacher_hf", family="glm4_moe_lite", mtp=True, max_position_embeddings=128, **sizes)
     _from_teacher(root)
 

@@ -33,7 +33,13 @@ from megatron_zeda.conversion import megatron_io
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.models.hf_config import zero_logit_bias
-from megatron_zeda.training.optimizer_state import METADATA, allocate_adam_states, load_optimizer, only_data
+from megatron_zeda.training.optimizer_state import (
+    METADATA,
+    allocate_adam_states,
+    count_steps_without_parameters,
+    load_optimizer,
+    only_data,
+)
 from megatron_zeda.training.setup import unwrap
 from megatron_zeda.training.signals import helpers_outlive_signals
 
@@ -234,6 +240,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
             if first:
                 _begin(partial)
         state = _model_state(chunks)
+        count_steps_without_parameters(optimizer)
         state["optimizer"] = only_data(optimizer.sharded_state_dict(dict(state), metadata=dict(METADATA)))
         state |= {
             "opt_param_scheduler": scheduler.state_dict(),
@@ -279,6 +286,7 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
     assert config.model.checkpoint is not None  # the rules of the configuration demand it
     source = Path(config.model.checkpoint)
     manifest = megatron_io.read_manifest(source)
+    manifest.pop("files", None)  # those of the import
     manifest |= {
         "iteration": progress.iteration,
         "layout": _layout(config),

@@ -21,6 +21,8 @@ METADATA = {
     "singleton_local_shards": False,
 }
 
+_NO_PARAMETER: Any = "no parameter"
+
 
 def _torch_adams(optimizer: Any) -> Iterator[tuple[int, Any, torch.optim.AdamW]]:
     for index, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
@@ -45,6 +47,23 @@ def allocate_adam_states(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+    count_steps_without_parameters(optimizer)
+
+
+def count_steps_without_parameters(optimizer: Any) -> None:
+    """Give a count of steps to every ``DistributedOptimizer`` on torch's AdamW that has no parameter on this rank.
+
+    Experts have an optimizer of their own where they are split over ranks, also on a pipeline stage that has none (dense
+    layers, an embedding or a loss alone). Megatron-Core reads the count from the state of some parameter, and would fail
+    on saving. The key of this entry belongs to no parameter, so that nothing else comes of it.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    adams = list(_torch_adams(optimizer))
+    counts = [values["step"] for _, _, inner in adams for values in inner.state.values() if "step" in values]
+    for _, part, inner in adams:
+        if isinstance(part, DistributedOptimizer) and not any(group["params"] for group in inner.param_groups):
+            inner.state[_NO_PARAMETER] = {"step": max(counts, default=torch.tensor(0.0)).clone()}
 
 
 def _offloaded_adams(optimizer: Any) -> Iterator[Any]:

@@ -1,0 +1,120 @@
+"""Law 3 for whole runs of GLM-4.7-Flash: a dense layer, latent attention, shared experts, five layers on pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import BIAS, assert_same_bits, read_tensors
+from spawn import run_distributed
+from test_training_layouts import (
+    CP,
+    DP,
+    EP,
+    PACKED,
+    PP,
+    RECOMPUTE,
+    TP,
+    UNBALANCED,
+    WITH_BALANCE,
+    assert_same_course,
+    assert_same_end,
+    train_one,
+)
+from training_runs import make_glm_run
+
+from megatron_zeda.conversion import megatron_to_hf
+
+pytestmark = pytest.mark.distributed
+
+LAYERS = 5  # a prime number, as the 47 of the model: no pipeline divides it
+FIRST = {**PP, "model.num_layers_in_first_pipeline_stage": 1}  # the dense layer alone: a stage without a router
+LOSS = {**PP, "model.account_for_loss_in_pipeline_split": True}
+VIRTUAL_LOSS = {**LOSS, "model.virtual_pipeline_model_parallel_size": 3}  # 1 + 1 + 1 and 1 + 1 + 0 layers
+WRITTEN = {
+    **PP,
+    "model.virtual_pipeline_model_parallel_size": 2,
+    "model.pipeline_model_parallel_layout": "E|t*2|t*3|L",
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2-ep2": (2, {**DP, **EP}),
+    "tp2-recompute": (2, {**TP, **RECOMPUTE}),
+    "tp2-expert-tp2": (2, {**TP, "model.expert_tensor_parallel_size": 2}),
+    "cp2-ep2": (2, {**CP, **EP}),
+    "pp2-first": (2, FIRST),
+    "pp2-virtual-loss": (2, VIRTUAL_LOSS),
+    "tp2-ep2-pp2-loss": (4, {**TP, **EP, **LOSS}),
+    "cp2-ep2-pp2-written": (4, {**CP, **EP, **WRITTEN, **RECOMPUTE, "ddp.overlap_grad_reduce": True}),
+}
+UNBALANCED_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "cp2-ep2-packed": (2, {**CP, **EP, **PACKED, **UNBALANCED}),
+    "tp2-pp2-first-packed": (4, {**TP, **FIRST, **PACKED, **UNBALANCED}),
+}
+REFERENCES: dict[str, dict[str, Any]] = {"one": {}, "one-unbalanced": UNBALANCED}
+ALL = LAYOUTS | UNBALANCED_LAYOUTS
+# Checkpoints of the left are gone on with at the right.
+RESUMED = {
+    "one": (2, VIRTUAL_LOSS),
+    "pp2-virtual-loss": (1, {}),
+    "pp2-first": (2, {**TP, **EP}),
+    "cp2-ep2-pp2-written": (2, FIRST),
+}
+
+
+def run_glm_layout(rank: int, world_size: int, root: str, name: str, settings: dict[str, Any]) -> None:
+    train_one(Path(root), name, settings)
+
+
+def run(root: Path, name: str, world_size: int, settings: dict[str, Any]) -> None:
+    if world_size == 1:
+        train_one(root, name, settings)
+    else:
+        run_distributed(run_glm_layout, world_size, str(root), name, settings)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root: Path = tmp_path_factory.mktemp("glm-layouts")
+    make_glm_run(root, num_layers=LAYERS)
+    for name, settings in REFERENCES.items():
+        run(root, name, 1, settings)
+    for name, (world_size, settings) in ALL.items():
+        run(root, name, world_size, settings)
+    return root
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_glm_layout_equals_one_process(runs: Path, name: str) -> None:
+    assert_same_course(runs, name, "one", WITH_BALANCE)
+
+
+@pytest.mark.parametrize("name", UNBALANCED_LAYOUTS)
+def test_other_micro_batches_of_glm_are_the_same_objective(runs: Path, name: str) -> None:
+    assert_same_course(runs, name, "one-unbalanced", {"ce": 1e-5, "loss": 1e-5, "grad_norm": 1e-4})
+
+
+@pytest.mark.parametrize("start", RESUMED)
+def test_glm_goes_on_at_another_split(runs: Path, start: str) -> None:
+    world_size, settings = RESUMED[start]
+    if not (runs / "one-on").exists():
+        run(runs, "one-on", 1, {"checkpoint.load": str(runs / "one/checkpoints"), "train.train_iters": 8})
+    more = {"checkpoint.load": str(runs / start / "checkpoints"), "train.train_iters": 8}
+    run(runs, f"{start}-elsewhere", world_size, {**settings, **more})
+    assert_same_end(runs, "one-on", f"{start}-elsewhere")
+
+
+@pytest.mark.parametrize("name", ["tp2-ep2-pp2-loss", "cp2-ep2-pp2-written"])
+def test_exports_of_glm_do_not_depend_on_the_layout(runs: Path, name: str) -> None:
+    """What is trained to rounding; the layer that drafts tokens and the selection biases bit for bit."""
+    for one in ("one", name):
+        if not (runs / f"{one}-hf").exists():
+            megatron_to_hf(runs / one / "checkpoints", runs / f"{one}-hf")
+    expected, actual, before = (read_tensors(runs / f"{one}") for one in ("one-hf", f"{name}-hf", "student_hf"))
+    assert actual.keys() == expected.keys() == before.keys()
+    fixed = {key for key in before if key.startswith(f"model.layers.{LAYERS}.") or key.endswith(BIAS)}
+    assert_same_bits({key: before[key] for key in fixed}, {key: actual[key] for key in fixed})
+    for key in before.keys() - fixed:
+        torch.testing.assert_close(actual[key], expected[key], rtol=0, atol=2e-4)
+        assert (expected[key] - before[key]).abs().max() > 5e-3, key
