@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from megatron_zeda.errors import InputError
-
-
-def fingerprint(tensor: torch.Tensor) -> bytes:
-    """SHA-256 of a tensor's type, shape and bits: what is written must have it again when it is read back."""
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    if tensor.numel():
-        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.digest()
 
 
 def require_finite(tensor: torch.Tensor, name: object, where: str | Path) -> None:

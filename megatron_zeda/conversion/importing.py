@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_zeda.conversion.background import SourceHashes, Verifier
-from megatron_zeda.conversion.checks import fingerprint, require_finite
-from megatron_zeda.conversion.folders import OutputFolder, drop_from_cache, sha256
+from megatron_zeda.conversion.checks import require_finite
+from megatron_zeda.conversion.disk_file import DiskFile
+from megatron_zeda.conversion.folders import OutputFolder
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, pieces_of
 from megatron_zeda.conversion.ledger import Ledger
 from megatron_zeda.conversion.manifest import KEY_STYLE, make_manifest, make_plan
@@ -134,12 +137,12 @@ class _Import:
             self._writer.skip(file)
             self._bar.skip(file.nbytes)
             return [(offset, length) for offset, length in record["spans"]]
-        path, prints, waiting = self._out.partial / name, dict[HfPiece, bytes](), 0
+        path, checksums, waiting = self._out.partial / name, dict[HfPiece, int](), 0
 
         def load(row: WeightRow) -> torch.Tensor:
             nonlocal waiting
             tensors = [self._read(piece) for piece in row.pieces]
-            prints.update(zip(row.pieces, map(fingerprint, tensors), strict=True))
+            checksums.update(zip(row.pieces, map(checksum, tensors), strict=True))
             block = row.packing.pack(tensors)
             waiting += block.nbytes
             if waiting >= _FLUSH_BYTES:
@@ -149,8 +152,7 @@ class _Import:
 
         spans = self._writer.write(file, load)
         metadata = self._writer.metadata({file.name: spans})
-        reader = TorchDistReader(path.parent, metadata)
-        self._verifier.submit(name, lambda: _verify(path, reader, file, prints), spans=spans)
+        self._verifier.submit(name, lambda: _verify(path, metadata, file, checksums), spans=spans)
         return spans
 
     def carried_file(self, pieces: list[HfPiece], nbytes: int) -> None:
@@ -185,18 +187,43 @@ class _Import:
             os.close(descriptor)
 
 
-def _verify(path: Path, reader: TorchDistReader, file: DataFile, prints: dict[HfPiece, bytes]) -> str:
+class _DiskReader(TorchDistReader):
+    """The ordinary reader, over a file that was just written; what it reads is hashed on the way."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path.parent, metadata)
+        self.file = DiskFile(path)
+        self.digest, self.hashed = hashlib.sha256(), 0
+
+    def _bytes(self, index: MetadataIndex, begin: int, length: int) -> memoryview:
+        offset = self._storage[index].offset + begin
+        data = self.file.read(offset, length)
+        if offset == self.hashed:
+            self.digest.update(data)
+            self.hashed += length
+        return data
+
+    def hash_rest(self) -> str:
+        """SHA-256 of the whole file."""
+        while (length := min(self.file.size - self.hashed, 1 << 22)) > 0:
+            self.digest.update(self.file.read(self.hashed, length))
+            self.hashed += length
+        return self.digest.hexdigest()
+
+
+def _verify(path: Path, metadata: Metadata, file: DataFile, checksums: dict[HfPiece, int]) -> str:
     """Read a file back from the disk, as an export does; return its SHA-256."""
-    drop_from_cache(path)
-    for row in file.rows:
-        for piece, tensor in unpack_row(row, reader.read(row)):
-            if fingerprint(tensor) != prints[piece]:
-                raise ZedaError(
-                    f"verification failed: {piece} was not read back as the source gave it",
-                    where=path,
-                    fix="run the command again; if it fails again, suspect the disk or the memory",
-                )
-    return sha256(path)
+    reader = _DiskReader(path, metadata)
+    with reader.file:
+        for row in file.rows:
+            for piece, tensor in unpack_row(row, reader.read(row)):
+                if checksum(tensor) != checksums[piece]:
+                    raise ZedaError(
+                        f"verification failed: {piece} was not read back as the source gave it",
+                        where=path,
+                        fix="run the command again; if it fails again, suspect the disk or the memory",
+                    )
+        return reader.hash_rest()
 
 
 def _nbytes(view: Source, piece: HfPiece) -> int:

@@ -58,7 +58,7 @@ class ArchivedTensor:
             step *= size
         return True
 
-    def view(self, data: bytearray) -> torch.Tensor:
+    def view(self, data: bytearray | memoryview) -> torch.Tensor:
         """The tensor in the bytes of its archive; nothing is copied."""
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -67,7 +67,7 @@ class ArchivedTensor:
         return flat.as_strided(self.shape, self.stride)
 
 
-def open_archive(data: bytearray, where: str | Path) -> ArchivedTensor:
+def open_archive(data: bytearray | memoryview, where: str | Path) -> ArchivedTensor:
     """Check the CRC-32 of every record, and find the tensor.
 
     Args:
@@ -107,7 +107,7 @@ def open_archive(data: bytearray, where: str | Path) -> ArchivedTensor:
 _DAMAGE = (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, NotImplementedError, struct.error)
 
 
-def _checked(data: bytearray, entry: zipfile.ZipInfo) -> tuple[int, int]:
+def _checked(data: bytearray | memoryview, entry: zipfile.ZipInfo) -> tuple[int, int]:
     """Offset and length of a record whose bytes agree with their checksum."""
     signature, name, extra = _LOCAL_HEADER.unpack_from(data, entry.header_offset)
     begin, length = entry.header_offset + _LOCAL_HEADER.size + name + extra, entry.file_size
@@ -119,7 +119,7 @@ def _checked(data: bytearray, entry: zipfile.ZipInfo) -> tuple[int, int]:
     return begin, length
 
 
-def _bytes(data: bytearray, place: tuple[int, int]) -> bytes:
+def _bytes(data: bytearray | memoryview, place: tuple[int, int]) -> bytes:
     return bytes(data[place[0] : place[0] + place[1]])
 
 
@@ -161,7 +161,7 @@ class _TensorUnpickler(AllowListUnpickler):
 class _Buffer(io.RawIOBase):
     """A file over bytes that are not copied."""
 
-    def __init__(self, data: bytearray) -> None:
+    def __init__(self, data: bytearray | memoryview) -> None:
         self._data, self._position = data, 0
 
     def readable(self) -> bool:

@@ -153,7 +153,7 @@ class TorchDistReader:
         self._known[index] = place
         return place.view(data) if whole else place.view(data)[inside].clone()
 
-    def _bytes(self, index: MetadataIndex, begin: int, length: int) -> bytearray:
+    def _bytes(self, index: MetadataIndex, begin: int, length: int) -> bytearray | memoryview:
         info = self._storage.get(index)
         if info is None:
             raise InputError(f"{_name(index)} is not in any file", where=self.folder / ".metadata")
