@@ -80,8 +80,8 @@ class Verifier:
             self.wait()  # the file before the one that could not be written need not be written again
 
     def _is_verified(self) -> bool:
-        futures = [*self._flushes, *([] if self._pending is None else [self._pending[1]])]
-        return all(future.exception() is None for future in futures)
+        flushed = all(future.exception() is None for future in self._flushes)
+        return flushed and (self._pending is None or self._pending[1].exception() is None)
 
 
 class SourceHashes:

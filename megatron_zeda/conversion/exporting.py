@@ -12,7 +12,7 @@ from megatron_zeda.conversion.folders import OutputFolder, files_in
 from megatron_zeda.conversion.formats import SAVES, FormatView, view_as
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, write_config
 from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, write_hf
-from megatron_zeda.conversion.manifest import make_plan
+from megatron_zeda.conversion.manifest import make_plan, read_manifest, versions
 from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder
 from megatron_zeda.conversion.model_card import CARD_FILE, CardMetrics, model_card, read_card_metrics
 from megatron_zeda.conversion.origins import known_hashes
@@ -80,8 +80,7 @@ def megatron_to_hf(
         HfFolder(out.partial).close()  # configuration, table, index and headers agree
         summary = _summary(source, view, written)
         (out.partial / CARD_FILE).write_text(_card(source, view, summary, metrics), encoding="utf-8")
-        if source.manifest:
-            out.manifest = {**source.manifest, "exported": {**summary, "files_checked": hashes.result()}}
+        out.manifest = _manifest(source, {**summary, "versions": versions(), "files_checked": hashes.result()})
     return summary
 
 
@@ -96,6 +95,13 @@ def _summary(source: MegatronFolder, view: FormatView, written: dict[str, Any]) 
         "extra_bytes": view.num_bytes - view_as(source).num_bytes,
         "saves": SAVES[view.format] if zero else "nothing: the model is static",
     }
+
+
+def _manifest(source: MegatronFolder, exported: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the checkpoint (import, training run, layout, seed), and this export."""
+    known = read_manifest(source.folder) or source.manifest or {"format": 1, "family": source.family.name}
+    zero = source.family.num_zero_experts(source.config)
+    return {**known, "num_zero_experts": zero, "exported": {"from": source.folder.name, **exported}}
 
 
 def _card(source: MegatronFolder, view: FormatView, summary: dict[str, Any], metrics: CardMetrics) -> str:

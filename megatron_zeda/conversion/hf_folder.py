@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,7 @@ from megatron_zeda.conversion.formats import as_zeda
 from megatron_zeda.conversion.safetensors_io import SafetensorsReader, check_inside
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, family_for, load_hf_config
+from megatron_zeda.models.base import Grow
 
 SIDE_FILES = (
     "tokenizer*",
@@ -66,6 +69,7 @@ class HfFolder:
         self.carried = present_carried(
             self.family.carried_rows(self.config, self.layout), self.reader.tensors.keys(), self.path
         )
+        self._widened = self._narrow_carried()
         self._check_tensors()
 
     @property
@@ -75,7 +79,10 @@ class HfFolder:
 
     def read(self, piece: HfPiece) -> torch.Tensor:
         """Read one piece of the table."""
-        return self.reader.read(piece.name, piece.slot)
+        tensor, grow = self.reader.read(piece.name, piece.slot), self._widened.get(piece.name)
+        if grow is None:
+            return tensor
+        return torch.cat([tensor, grow(tensor, self.num_zero_experts, seed=0, name=piece.name)])
 
     def dtype(self, piece: HfPiece) -> torch.dtype:
         """Its type on disk."""
@@ -107,13 +114,27 @@ class HfFolder:
     ) -> None:
         self.close()
 
+    def _narrow_carried(self) -> dict[str, Grow]:
+        """Carried tensors of a dynamic checkpoint that were never widened -> what widens them on reading.
+
+        A tool that trains the model without its drafting layer and takes that from the static checkpoint afterwards
+        leaves it so. What widens it keeps it from ever choosing a zero expert, so nothing changes.
+        """
+        narrow = {}
+        for row in self.carried if self.num_zero_experts else []:
+            (piece,) = row.pieces
+            shape = self.reader.tensors[piece.name].shape
+            if row.grow is not None and shape == (self.family.num_experts(self.config), *piece.shape[1:]):
+                narrow[piece.name] = row.grow
+        return narrow
+
     def _check_tensors(self) -> None:
         stored = self.reader.tensors
         rows = self.rows + self.carried
         expected = {piece.name: piece for piece in [*pieces_of(rows), *self._constants]}
         for row in rows:
             for piece in row.pieces:
-                if row.grow is not None and piece.name in stored:
+                if row.grow is not None and piece.name in stored and piece.name not in self._widened:
                     self._check_gate(piece)
         for names, problem in (
             (expected.keys() - stored.keys(), "missing"),
@@ -126,13 +147,14 @@ class HfFolder:
                     rule=f"exactly the tensors of {self.family.name} with this config.json",
                 )
         for name, piece in expected.items():
-            if stored[name].shape != piece.tensor_shape:
+            if stored[name].shape != piece.tensor_shape and name not in self._widened:
                 raise InputError(
                     f"{name} has the wrong shape",
                     where=stored[name].file,
                     value=list(stored[name].shape),
                     rule=f"{list(piece.tensor_shape)} by config.json",
                 )
+        self._check_types()
         for piece in self._constants:
             if self.read(piece).count_nonzero():
                 raise InputError(
@@ -140,6 +162,22 @@ class HfFolder:
                     where=self.where(piece),
                     rule="a constant that stands for an expert is zero: other ones are not supported",
                 )
+
+    def _check_types(self) -> None:
+        """All that becomes one Megatron tensor, and its namesakes in other layers, have one type."""
+        groups: dict[str, list[HfPiece]] = {}
+        for row in self.rows:
+            groups.setdefault(re.sub(r"\d+", "N", row.key), []).extend(row.pieces)
+        for pieces in groups.values():
+            usual, _ = Counter(map(self.dtype, pieces)).most_common(1)[0]
+            for piece in pieces:
+                if self.dtype(piece) != usual:
+                    raise InputError(
+                        f"{piece} has another type than its siblings",
+                        where=self.where(piece),
+                        value=str(self.dtype(piece)),
+                        rule=f"{usual}, as most of them have",
+                    )
 
     def _check_gate(self, piece: HfPiece) -> None:
         """The two mistakes worth a message of their own: a router that was not widened, and one that already was."""

@@ -276,7 +276,11 @@ class SafetensorsWriter:
         self._checksums: dict[tuple[str, int | None], int] = {}
         self.tensors = _layout(path, plan)
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._write(header_of(plan), 0)
+        try:
+            self._write(header_of(plan), 0)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, name: str, tensor: torch.Tensor, slot: int | None = None, *, checksum: int | None = None) -> None:
         """Write a whole tensor, or one slot of it.
