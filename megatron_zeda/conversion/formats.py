@@ -24,17 +24,15 @@ import torch
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import ExpertLayout, Family, HfConfig, HfPiece, WeightRow
 from megatron_zeda.models.hf_config import ZERO_EXPERT_KEYS, where_of, zero_logit_bias
+from megatron_zeda.models.rows import NEVER_SELECTED
 
 ExportFormat = Literal["zeda", "dense-zeros", "vllm-mone"]
 FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 ZEDA_OVERRIDES_FILE = "zeda_hf_overrides.json"
 """Beside a ``vllm-mone`` export: the keys that make the same weights a ``zeda`` checkpoint (for vLLM's plugin)."""
 
-NEVER_SELECTED = -1e4
-"""Entry of a selection bias that keeps an expert from ever being chosen: router scores lie in [0, 1]."""
-
 SAVES: dict[ExportFormat, str] = {
-    "zeda": "skipped slots cost nothing where the engine has our plugin or runs the bundled modelling code",
+    "zeda": "transformers with the bundled modelling code computes no skipped slot",
     "dense-zeros": "nothing: every slot is computed, and the weights are larger than the static model's",
     "vllm-mone": "decoding reads fewer experts; every slot still takes part in the matrix products of prefill",
 }

@@ -142,7 +142,9 @@ def check_zero_expert_keys(hf_config: dict[str, Any]) -> int:
             raise InputError(
                 f"`{key}` is missing",
                 where=where,
-                rule=f"a dynamic checkpoint has all of {', '.join(ZERO_EXPERT_KEYS)}",
+                rule=f"a dynamic checkpoint has all of {', '.join(ZERO_EXPERT_KEYS)}; where one is missing, other "
+                "readers of this format take identity experts behind a mask, which is another model",
+                fix='add what it was made with: "zce_nums": [Z], "zce_types": ["zero"], "use_zce_mask": false',
             )
     nums = hf_config["zce_nums"]
     if not isinstance(nums, list) or len(nums) != 1 or type(nums[0]) is not int or nums[0] < 1:
