@@ -25,7 +25,7 @@ from megatron_zeda.conversion.safetensors_io import SafetensorsWriter, checksum
 from megatron_zeda.conversion.torch_dist import TorchDistReader
 from megatron_zeda.conversion.torch_dist_writer import DEFAULT_FILE_BYTES, DataFile, Spans, TorchDistWriter
 from megatron_zeda.conversion.verification import Source
-from megatron_zeda.errors import InputError, ZedaError
+from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import HfPiece, WeightRow
 
 _FLUSH_BYTES = 1 << 28  # the disk works while the next blocks are read
@@ -231,16 +231,5 @@ def _nbytes(view: Source, piece: HfPiece) -> int:
 
 
 def _dtypes(source: HfFolder) -> dict[str, torch.dtype]:
-    """Megatron key -> type. A stacked tensor has one type, so all layers must agree."""
-    dtypes: dict[str, torch.dtype] = {}
-    for row in source.rows:
-        for piece in row.pieces:
-            dtype = source.dtype(piece)
-            if dtypes.setdefault(row.key, dtype) != dtype:
-                raise InputError(
-                    f"{piece} has another type than its siblings in other layers",
-                    where=source.path,
-                    value=str(dtype),
-                    rule=str(dtypes[row.key]),
-                )
-    return dtypes
+    """Megatron key -> type; all pieces of a key have the same, which :class:`HfFolder` has checked."""
+    return {row.key: source.dtype(row.pieces[0]) for row in source.rows}

@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
@@ -140,8 +141,9 @@ class TorchDistReader:
             begin, count = span
             data = self._bytes(index, place.offset + begin * place.dtype.itemsize, count * place.dtype.itemsize)
             return torch.frombuffer(data, dtype=place.dtype).reshape(part.sizes)
-        data = self._bytes(index, 0, self._storage[index].length)
-        path = self.folder / self._storage[index].relative_path
+        info = self._place(index)
+        data = self._bytes(index, 0, info.length)
+        path = self.folder / info.relative_path
         place = open_archive(data, f"{path} ({_name(index)})")
         if place.shape != tuple(chunk.sizes) or place.dtype != self.dtype(key):
             raise InputError(
@@ -153,10 +155,15 @@ class TorchDistReader:
         self._known[index] = place
         return place.view(data) if whole else place.view(data)[inside].clone()
 
-    def _bytes(self, index: MetadataIndex, begin: int, length: int) -> bytearray | memoryview:
+    def _place(self, index: MetadataIndex) -> Any:
+        """File, offset and length of a stored piece."""
         info = self._storage.get(index)
         if info is None:
             raise InputError(f"{_name(index)} is not in any file", where=self.folder / ".metadata")
+        return info
+
+    def _bytes(self, index: MetadataIndex, begin: int, length: int) -> bytearray | memoryview:
+        info = self._place(index)
         path = self.folder / info.relative_path
         if getattr(info, "transform_descriptors", None):
             raise ZedaError("compressed checkpoints are not supported", where=path, value=info.transform_descriptors)

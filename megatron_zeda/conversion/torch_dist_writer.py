@@ -101,7 +101,14 @@ class TorchDistWriter:
         """
         plan = self._plan(file)
         planner = _Planner(file, self._dtypes, self._common_state, load)
-        results = {result.index: result.storage_data for result in self._writer.write_data(plan, planner).value()}
+        try:
+            written = self._writer.write_data(plan, planner).value()
+        except RuntimeError as error:
+            cause = _system_error(error)
+            if cause is None:
+                raise
+            raise cause from error
+        results = {result.index: result.storage_data for result in written}
         planner.ledger.close()
         self._ledger.tick(file.name)
         return [(results[item.index].offset, results[item.index].length) for item in plan.items]
@@ -214,6 +221,14 @@ def write_torch_dist(
     """Write a whole checkpoint at once; the arguments are those of :class:`TorchDistWriter`."""
     writer = TorchDistWriter(folder, rows, dtypes, common_state, file_bytes=file_bytes)
     writer.finish({file.name: writer.write(file, load) for file in writer.files})
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """What the system said of a full disk, which the archive writer of torch hides behind an error of its own."""
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
 
 
 def _plan_files(rows: Sequence[WeightRow], dtypes: Mapping[str, torch.dtype], file_bytes: int) -> list[DataFile]:
