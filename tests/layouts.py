@@ -18,9 +18,10 @@ from typing import Any
 import moe_kernels
 import numpy as np
 import torch
-from layers import E, F, K, Z, layer_config
+from layers import E, F, H, K, Z, layer_config
 from spawn import initialize_megatron
 
+from megatron_zeda.models import family_for
 from megatron_zeda.zero_experts import router_statistics, set_loss_tokens, zero_expert_routers
 
 VOCAB, SEQ, SAMPLES = 64, 16, 8  # samples per micro-step, over all data-parallel ranks
@@ -41,16 +42,41 @@ SIGMOID: dict[str, Any] = {
     "moe_router_topk_scaling_factor": 1.8,
     "moe_shared_expert_intermediate_size": F,
 }
-LATENT_ATTENTION: dict[str, Any] = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_head_dim": 8,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 8,
-    "rope_type": "rope",
-    "rotary_base": 10000,
-}
+
+
+def glm(num_layers: int) -> dict[str, Any]:
+    """What the family of GLM-4.7-Flash makes of a tiny ``config.json``; layer 0 is dense."""
+    hf_config = {
+        "model_type": "glm4_moe_lite",
+        "architectures": ["Glm4MoeLitePlusPlusForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": H,
+        "intermediate_size": 2 * F,
+        "moe_intermediate_size": F,
+        "num_hidden_layers": num_layers,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 20,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": E,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": K,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8,
+        "max_position_embeddings": SEQ,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "zce_nums": [Z],
+        "zce_types": ["zero"],
+        "use_zce_mask": False,
+        "zeda_latent_norm_eps": 1e-6,
+    }
+    return {"multi_latent_attention": True, **family_for(hf_config).transformer_config_kwargs(hf_config)}
 
 
 @dataclass(frozen=True)
@@ -69,11 +95,9 @@ SCENARIOS = {
     "sigmoid": Scenario(SIGMOID),
     # Megatron averages the ranks' means, which is the mean over all tokens only if they hold equally many.
     "mean loss": Scenario({**Z_LOSS, "calculate_per_token_loss": False}, padded=False),
-    "glm": Scenario({**SIGMOID, **LATENT_ATTENTION, "moe_layer_freq": [0, 1, 1, 1]}),
+    "glm": Scenario(glm(LAYERS)),
     # A prime number of layers, as the 47 of GLM-4.7-Flash: no pipeline divides it.
-    "glm, 7 layers": Scenario(
-        {**SIGMOID, **LATENT_ATTENTION, "num_layers": 7, "moe_layer_freq": [0, 1, 1, 1, 1, 1, 1]}
-    ),
+    "glm, 7 layers": Scenario(glm(7)),
     "6 layers": Scenario({"num_layers": 6}),
     "edges": Scenario(edges=True),
     "nothing skips": Scenario({**SIGMOID, "zero_expert_logit_bias": -10.0}),

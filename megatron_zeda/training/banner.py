@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from megatron_zeda import platform
 from megatron_zeda.config import Config
+from megatron_zeda.conversion.hf_folder import CARRIED_FILE
+from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import training_batches
 from megatron_zeda.distillation import Scores, TeacherStates, num_bytes
 from megatron_zeda.training.setup import Data
@@ -43,6 +47,9 @@ def lines(
         f"layout: {layout} = {facts['world_size']} processes",
         _batch_line(config, data),
     ]
+    if facts.get("layers_per_stage"):
+        text.append(f"layers on each pipeline stage: {facts['layers_per_stage']}")
+    text += _carried_line(Path(str(config.model.checkpoint)) / HF_FOLDER / CARRIED_FILE)
     for name, statistics in data.statistics.items():
         share = statistics.loss_tokens / statistics.tokens
         text.append(
@@ -93,6 +100,15 @@ def kernel_lines(model_config: Any) -> list[str]:
             "parameters and checkpoints stay in bf16"
         )
     return text
+
+
+def _carried_line(path: Path) -> list[str]:
+    """What the checkpoint has beside the model, for instance a layer that only drafts tokens."""
+    if not path.is_file():
+        return []
+    with safe_open(path, framework="pt") as tensors:
+        count = len(list(tensors.keys()))
+    return [f"{count} carried tensors beside the model: not trained; saved and exported as they are"]
 
 
 def _batch_line(config: Config, data: Data) -> str:

@@ -152,7 +152,15 @@ def _need_no_metrics(config: Config) -> None:
 
 
 def _dynamic_hf_config(config: Config) -> dict[str, Any]:
-    assert config.hf_dir is not None  # the rules of the configuration demand model.checkpoint
+    assert config.hf_dir is not None and config.model.checkpoint is not None  # the rules of the configuration demand it
+    beside = Path(config.model.checkpoint) / "hf"
+    if not (beside / "config.json").is_file():
+        raise InputError(
+            "no config.json beside the checkpoint",
+            where=beside,
+            rule="every checkpoint of the run, and its export, get their configuration and tokenizer from there",
+            fix="make the folder with checkpoint_tools/hf_to_megatron.py",
+        )
     hf_config = load_hf_config(config.hf_dir)
     if family_for(hf_config, where=config.hf_dir).num_zero_experts(hf_config) == 0:
         raise InputError(

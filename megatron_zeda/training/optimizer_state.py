@@ -53,9 +53,9 @@ def allocate_adam_states(optimizer: Any) -> None:
 def count_steps_without_parameters(optimizer: Any) -> None:
     """Give a count of steps to every ``DistributedOptimizer`` on torch's AdamW that has no parameter on this rank.
 
-    Experts have an optimizer of their own where they are split over ranks, also on a pipeline stage that has none (dense
-    layers, an embedding or a loss alone). Megatron-Core reads the count from the state of some parameter, and would fail
-    on saving. The key of this entry belongs to no parameter, so that nothing else comes of it.
+    Experts have an optimizer of their own where they are split over ranks, also on a pipeline stage that has none
+    (dense layers, an embedding or a loss alone). Megatron-Core reads the count from the state of some parameter, and
+    fails on saving without one. The key of this entry belongs to no parameter, so that nothing else comes of it.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

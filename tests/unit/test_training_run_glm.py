@@ -16,7 +16,7 @@ from training_runs import make_config, make_glm_run
 from megatron_zeda.config import Config
 from megatron_zeda.conversion import verify_checkpoint
 from megatron_zeda.data import BatchOrder
-from megatron_zeda.errors import ZedaError
+from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.training import train
 
@@ -106,6 +106,15 @@ def test_a_bf16_run_keeps_the_selection_bias_in_fp32(root: Path) -> None:
     before, after = read_tensors(root / "student_hf"), read_tensors(config.run_dir / "hf")
     fixed = {name for name in before if name.startswith(DRAFTING) or name.endswith(BIAS)}
     assert_same_bits({name: before[name] for name in fixed}, {name: after[name] for name in fixed})
+
+
+def test_a_folder_without_a_configuration_beside_it_is_refused_at_once(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "student", tmp_path / "student")
+    shutil.rmtree(tmp_path / "student" / "hf")
+    config = make_config(root, "no-hf")
+    config.model.hf, config.model.checkpoint = str(root / "student_hf"), str(tmp_path / "student")
+    with pytest.raises(InputError, match=r"no config.json beside the checkpoint"):
+        train(config)
 
 
 # ---- law 6, against stock transformers' modules ----------------------------------------------------------------------
@@ -201,7 +210,10 @@ def test_law_8_the_teacher_of_a_glm_is_never_written(root: Path, capsys: pytest.
     config.train.train_iters = 1
     assert train(config) == 0
     assert (digest(root / "teacher"), digest(root / "student")) == before
-    assert "parity gate passed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "parity gate passed" in out
+    count = sum(name.startswith(DRAFTING) for name in read_tensors(root / "student_hf"))
+    assert f"\n{count} carried tensors beside the model: not trained" in out
 
 
 def test_law_8_the_gate_sees_another_selection_bias(root: Path) -> None:
