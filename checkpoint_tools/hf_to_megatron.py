@@ -1,6 +1,8 @@
 """Convert a Hugging Face checkpoint, static or dynamic, to a Megatron torch_dist checkpoint.
 
-python checkpoint_tools/hf_to_megatron.py --hf QWEN3-DYNAMIC --megatron checkpoints/start
+python checkpoint_tools/hf_to_megatron.py --hf QWEN3-DYNAMIC --megatron checkpoints/start [--dry-run]
+
+Killed and started again, it goes on after the last finished file.
 """
 
 from __future__ import annotations
@@ -15,9 +17,13 @@ from _front import make_parser, run
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion import hf_to_megatron
+    from megatron_zeda.conversion.dry_run import report_lines
 
-    result = hf_to_megatron(args.hf, args.megatron)
-    return 0, result, [f"{args.megatron}: {result['num_tensors']} tensors, {result['num_bytes']} bytes, verified"]
+    result = hf_to_megatron(args.hf, args.megatron, plan_only=args.dry_run)
+    if args.dry_run:
+        return 0, result, report_lines(result)
+    size = f"{result['num_tensors']} tensors ({result['num_carried']} carried), {result['num_bytes']} bytes"
+    return 0, result, [f"{args.megatron}: {size}, verified"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("Convert a Hugging Face checkpoint to a Megatron checkpoint.")
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--megatron", type=Path, required=True, help="folder to create")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)
 
 

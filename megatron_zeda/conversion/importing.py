@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from megatron_zeda.conversion.background import SourceHashes, Verifier
 from megatron_zeda.conversion.checks import require_finite
 from megatron_zeda.conversion.disk_file import DiskFile
+from megatron_zeda.conversion.dry_run import dry_run
 from megatron_zeda.conversion.folders import OutputFolder
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, pieces_of
 from megatron_zeda.conversion.ledger import Ledger
@@ -23,7 +24,7 @@ from megatron_zeda.conversion.pickles import check_pickles
 from megatron_zeda.conversion.progress import ByteProgress
 from megatron_zeda.conversion.safetensors_io import SafetensorsWriter, checksum
 from megatron_zeda.conversion.torch_dist import TorchDistReader
-from megatron_zeda.conversion.torch_dist_writer import DEFAULT_FILE_BYTES, DataFile, Spans, TorchDistWriter
+from megatron_zeda.conversion.torch_dist_writer import DEFAULT_FILE_BYTES, DataFile, Spans, TorchDistWriter, plan_files
 from megatron_zeda.conversion.verification import Source
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import HfPiece, WeightRow
@@ -31,7 +32,9 @@ from megatron_zeda.models import HfPiece, WeightRow
 _FLUSH_BYTES = 1 << 28  # the disk works while the next blocks are read
 
 
-def hf_to_megatron(hf: str | Path, megatron: str | Path, *, file_bytes: int = DEFAULT_FILE_BYTES) -> dict[str, Any]:
+def hf_to_megatron(
+    hf: str | Path, megatron: str | Path, *, file_bytes: int = DEFAULT_FILE_BYTES, plan_only: bool = False
+) -> dict[str, Any]:
     """Convert a static or dynamic Hugging Face checkpoint; loads at any parallel layout.
 
     Weights keep their bits and their types. No model is built, and one block of weights is in memory at a time. Every
@@ -42,6 +45,7 @@ def hf_to_megatron(hf: str | Path, megatron: str | Path, *, file_bytes: int = DE
         hf: Hugging Face folder.
         megatron: folder to create, see :mod:`megatron_zeda.conversion.megatron_io`.
         file_bytes: a new data file starts when a block would go beyond this.
+        plan_only: write nothing, and return what :func:`megatron_zeda.conversion.dry_run.dry_run` does.
 
     Returns:
         The manifest that was written.
@@ -53,6 +57,8 @@ def hf_to_megatron(hf: str | Path, megatron: str | Path, *, file_bytes: int = DE
     with HfFolder(hf) as source:
         dtypes = _dtypes(source)
         files = source.source_files()
+        if plan_only:
+            return dry_run(source, megatron, files.values(), _planned_bytes(source, dtypes, file_bytes))
         plan = make_plan("hf_to_megatron", files, file_bytes=file_bytes)
         with (
             OutputFolder(megatron, plan=plan) as out,
@@ -226,8 +232,16 @@ def _verify(path: Path, metadata: Metadata, file: DataFile, checksums: dict[HfPi
         return reader.hash_rest()
 
 
+def _planned_bytes(view: Source, dtypes: dict[str, torch.dtype], file_bytes: int) -> dict[str, int]:
+    """Name -> bytes of the weights in each file."""
+    sizes = {f"{RELEASE}/{file.name}": file.nbytes for file in plan_files(view.rows, dtypes, file_bytes) if file.rows}
+    if view.carried:
+        sizes[f"{HF_FOLDER}/{CARRIED_FILE}"] = sum(_nbytes(view, piece) for piece in pieces_of(view.carried))
+    return sizes
+
+
 def _nbytes(view: Source, piece: HfPiece) -> int:
-    return int(torch.Size(piece.shape).numel()) * view.dtype(piece).itemsize
+    return torch.Size(piece.shape).numel() * view.dtype(piece).itemsize
 
 
 def _dtypes(source: HfFolder) -> dict[str, torch.dtype]:

@@ -83,7 +83,7 @@ class TorchDistWriter:
             file_bytes: a new file starts when a block would go beyond this.
         """
         self._dtypes, self._common_state = dtypes, common_state
-        self.files = [DataFile("__0_0.distcp", (), 0), *_plan_files(rows, dtypes, file_bytes)]
+        self.files = plan_files(rows, dtypes, file_bytes)
         self._ledger = Ledger((file.name for file in self.files), what="written", where=folder)
         # One thread and no copying ahead: otherwise blocks lie in an order that depends on the machine.
         self._writer = _Writer(folder, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
@@ -231,14 +231,15 @@ def _system_error(error: BaseException) -> OSError | None:
     return cause
 
 
-def _plan_files(rows: Sequence[WeightRow], dtypes: Mapping[str, torch.dtype], file_bytes: int) -> list[DataFile]:
-    files: list[DataFile] = []
+def plan_files(rows: Sequence[WeightRow], dtypes: Mapping[str, torch.dtype], file_bytes: int) -> list[DataFile]:
+    """The data files: first that of the common state, then the blocks in the order of the table."""
+    files = [DataFile("__0_0.distcp", (), 0)]
     waiting: list[WeightRow] = []
     filled = 0
     for row in [*rows, None]:
         nbytes = row.numel * dtypes[row.key].itemsize if row is not None else 0
         if waiting and (row is None or filled + nbytes > file_bytes):
-            files.append(DataFile(f"__{len(files) + 1}_0.distcp", tuple(waiting), filled))
+            files.append(DataFile(f"__{len(files)}_0.distcp", tuple(waiting), filled))
             waiting, filled = [], 0
         if row is not None:
             waiting.append(row)
