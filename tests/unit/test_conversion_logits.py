@@ -20,14 +20,14 @@ from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatr
 from megatron_zeda.conversion.logits import compare_logits
 from megatron_zeda.errors import InputError
 
-FAMILIES = ("qwen3_moe", "glm4_moe_lite")
+FAMILIES = ("qwen3_moe", "glm4_moe_lite", "glm4_moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One model in every form: static, dynamic, megatron, dense-zeros, vllm-mone."""
     folder = tmp_path_factory.mktemp(request.param)
-    make_hf(folder / "static", family=request.param, mtp=request.param == "glm4_moe_lite")
+    make_hf(folder / "static", family=request.param, mtp=request.param != "qwen3_moe")
     inject_zero_experts(folder / "static", folder / "dynamic")
     hf_to_megatron(folder / "dynamic", folder / "megatron")
     hf_to_megatron(folder / "static", folder / "megatron-static")

@@ -21,9 +21,13 @@ from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatr
 from megatron_zeda.conversion.logits import compare_logits
 from megatron_zeda.errors import InputError
 
-FAMILIES = ("qwen3_moe", "glm4_moe_lite")
-ARCHITECTURES = {"qwen3_moe": "Qwen3MoePlusPlusForCausalLM", "glm4_moe_lite": "Glm4MoeLitePlusPlusForCausalLM"}
-KEYS = {"qwen3_moe": "num_experts", "glm4_moe_lite": "n_routed_experts"}
+FAMILIES = ("qwen3_moe", "glm4_moe_lite", "glm4_moe")
+ARCHITECTURES = {
+    "qwen3_moe": "Qwen3MoePlusPlusForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLitePlusPlusForCausalLM",
+    "glm4_moe": "Glm4MoePlusPlusForCausalLM",
+}
+KEYS = {"qwen3_moe": "num_experts", "glm4_moe_lite": "n_routed_experts", "glm4_moe": "n_routed_experts"}
 ZERO = 2
 IDS = torch.arange(3 * 12).reshape(3, 12) * 5 % VOCAB
 DRAFTING = "model.layers.2."
@@ -49,7 +53,8 @@ def _own_type(config: dict[str, Any], family: str) -> dict[str, Any]:
 def _saved_by_transformers_4(config: dict[str, Any], family: str) -> dict[str, Any]:
     """As that fork, a transformers 4, writes it: the rotary base on its own, `torch_dtype`."""
     config = _own_type(config, family)
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    rotary = config.pop("rope_parameters")
+    config |= {key: value for key, value in rotary.items() if key != "rope_type"}
     config["torch_dtype"] = config.pop("dtype", "float32")
     config["transformers_version"] = "4.57.1"
     return {**config, "rope_scaling": None}
@@ -138,7 +143,7 @@ def test_all_forms_and_the_comparison_take_it(tmp_path: Path, family: str) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_with_a_float32_selection_bias(tmp_path: Path, family: str) -> None:
     wild = make_wild(tmp_path, family, dtype=torch.bfloat16)
-    assert {tensor.dtype for name, tensor in read_tensors(wild).items() if "bias" in name} <= {torch.float32}
+    assert {tensor.dtype for name, tensor in read_tensors(wild).items() if "e_score" in name} <= {torch.float32}
     hf_to_megatron(wild, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert_same_bits(read_tensors(wild), read_tensors(tmp_path / "out"))
