@@ -59,7 +59,7 @@ class TorchDistReader:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._chunks: dict[tuple[str, tuple[int, ...] | None], list[ChunkStorageMetadata]] = {}
+        self._chunks: dict[tuple[str, int], dict[tuple[int, ...] | None, list[ChunkStorageMetadata]]] = {}
         self._known: dict[MetadataIndex, ArchivedTensor] = {}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -122,13 +122,14 @@ class TorchDistReader:
         A large model has thousands of pieces per key, so they are sorted once.
         """
         axes = len(index)
-        if (key, None) not in self._chunks:
-            self._chunks[key, None] = []
+        if (key, axes) not in self._chunks:
+            places: dict[tuple[int, ...] | None, list[ChunkStorageMetadata]] = {None: []}
             for chunk in self.tensors[key].chunks:
                 alone = all(size == 1 for size in chunk.sizes[:axes])
-                place = tuple(chunk.offsets[:axes]) if alone else None
-                self._chunks.setdefault((key, place), []).append(chunk)
-        return [*self._chunks.get((key, index), []), *self._chunks[key, None]]
+                places.setdefault(tuple(chunk.offsets[:axes]) if alone else None, []).append(chunk)
+            self._chunks[key, axes] = places
+        places = self._chunks[key, axes]
+        return [*places.get(index, []), *places[None]]
 
     def _read_part(self, key: str, part: _Overlap) -> torch.Tensor:
         """The values that a stored piece has in common with a block, in that box's shape."""
