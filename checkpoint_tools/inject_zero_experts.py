@@ -15,8 +15,13 @@ from _front import make_parser, run, size_of
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion import inject_zero_experts
+    from megatron_zeda.conversion.dry_run import report_lines
 
-    result = inject_zero_experts(args.input, args.output, num_zero_experts=args.num_zero_experts, seed=args.seed)
+    result = inject_zero_experts(
+        args.input, args.output, num_zero_experts=args.num_zero_experts, seed=args.seed, plan_only=args.dry_run
+    )
+    if args.dry_run:
+        return 0, result, report_lines(result)
     real, zero = result["num_experts"], result["num_zero_experts"]
     experts = f"{real} real + {zero} zero experts, seed {args.seed}"
     return 0, result, [f"{args.output}: {experts}, {size_of(result)}, verified"]
@@ -29,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--num-zero-experts", type=int, help="Z; half the number of experts if not given")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new router rows")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)
 
 

@@ -15,6 +15,7 @@ from _front import make_parser, run, size_of
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion import megatron_to_hf
+    from megatron_zeda.conversion.dry_run import report_lines
 
     result = megatron_to_hf(
         args.megatron,
@@ -25,7 +26,10 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         interleave=args.interleave,
         base_model=args.base_model,
         card_metrics=args.card_metrics,
+        plan_only=args.dry_run,
     )
+    if args.dry_run:
+        return 0, result, report_lines(result)
     lines = [f"{args.hf}: iteration {result['iteration']}, {size_of(result)}, verified"]
     if result["num_zero_experts"]:
         extra = f"{result['extra_bytes']:,} bytes more than zeda" if result["extra_bytes"] else "no extra bytes"
@@ -57,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--base-model", help="hub id of the static model, for the model card")
     parser.add_argument("--card-metrics", type=Path, help="JSON with scores and skip rate, or a run's report.json")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)
 
 

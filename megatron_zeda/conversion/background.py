@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from typing import Any, Self
 from megatron_zeda.conversion.folders import OutputFolder, read_errors
 from megatron_zeda.errors import InputError
 
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 20
 
 
 class Verifier:
@@ -127,23 +127,23 @@ class SourceHashes:
     def _work(self) -> dict[str, dict[str, Any]]:
         hashes: dict[str, dict[str, Any]] = {}
         for name, path in self._files.items():
-            digest, size = hashlib.sha256(), 0
-            for chunk in self._chunks(path):
-                digest.update(chunk)
-                size += len(chunk)
-            hashes[name] = {"bytes": size, "sha256": digest.hexdigest()}
-            expected = self._known.get(name)
-            if expected is not None and expected != digest.hexdigest() and not self._stop.is_set():
+            hashes[name] = self._hash(path)
+            found, expected = hashes[name]["sha256"], self._known.get(name)
+            if expected is not None and expected != found and not self._stop.is_set():
                 raise InputError(
                     "the file is not the one that was downloaded or written",
                     where=path,
-                    value=f"sha256 {digest.hexdigest()}",
+                    value=f"sha256 {found}",
                     rule=f"sha256 {expected} by the records beside it",
                     fix="download or convert it again",
                 )
         return hashes
 
-    def _chunks(self, path: Path) -> Iterable[bytes]:
+    def _hash(self, path: Path) -> dict[str, Any]:
+        digest, size = hashlib.sha256(), 0
+        buffer = memoryview(bytearray(_CHUNK_BYTES))  # used again and again: fresh memory costs more than hashing
         with read_errors(path), path.open("rb", buffering=0) as file:
-            while not self._stop.is_set() and (chunk := file.read(_CHUNK_BYTES)):
-                yield chunk
+            while not self._stop.is_set() and (count := file.readinto(buffer)):
+                digest.update(buffer[:count])
+                size += count
+        return {"bytes": size, "sha256": digest.hexdigest()}

@@ -8,10 +8,11 @@ from typing import Any
 import yaml
 
 from megatron_zeda.conversion.background import SourceHashes
+from megatron_zeda.conversion.dry_run import dry_run
 from megatron_zeda.conversion.folders import OutputFolder, files_in
 from megatron_zeda.conversion.formats import SAVES, FormatView, view_as
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, write_config
-from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, write_hf
+from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, file_sizes, plan_files, write_hf
 from megatron_zeda.conversion.manifest import make_plan, read_manifest, versions
 from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder
 from megatron_zeda.conversion.model_card import CARD_FILE, CardMetrics, model_card, read_card_metrics
@@ -30,6 +31,7 @@ def megatron_to_hf(
     interleave: bool = False,
     base_model: str | None = None,
     card_metrics: str | Path | None = None,
+    plan_only: bool = False,
 ) -> dict[str, Any]:
     """Export one iteration, saved at any parallel layout, with or without optimizer state.
 
@@ -48,6 +50,7 @@ def megatron_to_hf(
         interleave: spread the zero experts of ``dense-zeros`` among the real ones.
         base_model: hub id of the static model, for the model card; by default what the manifest knows.
         card_metrics: JSON file with what was measured, see :mod:`megatron_zeda.conversion.model_card`.
+        plan_only: write nothing, and return what :func:`megatron_zeda.conversion.dry_run.dry_run` does.
 
     Returns:
         A summary: iteration, format, number of tensors, of those carried beside the model, and bytes, zero experts,
@@ -66,6 +69,8 @@ def megatron_to_hf(
     metrics = metrics.complete(base_model or source.manifest.get("base_model"), _trained_weight(source))
     limit = shard_bytes if source.manifest.get("sharded", True) else None
     files = _source_files(source)
+    if plan_only:
+        return dry_run(view, hf, files.values(), file_sizes(plan_files(view, limit)))
     plan = make_plan("export", files, shard_bytes=limit, format=format, interleave=interleave)
     known = known_hashes(source.path)
     with (

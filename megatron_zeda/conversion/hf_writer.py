@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,10 +52,9 @@ def write_hf(
         ZedaError: if a file is not read back as it was written.
     """
     pieces = pieces_of([*view.rows, *view.carried])
-    plan: TensorPlan = {piece.name: (view.dtype(piece), piece.tensor_shape) for piece in pieces}
-    files = plan_files(plan, shard_bytes)
-    sizes = {name: sum(_nbytes(*plan[tensor]) for tensor in tensors) for name, tensors in files.items()}
-    out.need_space(sum(sizes[name] + len(header_of(part)) for name, part in files.items()))
+    files = plan_files(view, shard_bytes)
+    sizes = {name: sum(_nbytes(*entry) for entry in tensors.values()) for name, tensors in files.items()}
+    out.need_space(sum(file_sizes(files).values()))
     ledger = Ledger(map(str, pieces), what="read", where=out.path)
     by_name: dict[str, list[HfPiece]] = {}
     file_of = {tensor: name for name, tensors in files.items() for tensor in tensors}
@@ -77,7 +76,7 @@ def write_hf(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(file_of.items()))}
         out.write_json(INDEX_FILE, index)
     carried = {piece.name for piece in pieces_of(view.carried)}
-    return {"num_tensors": len(plan), "num_carried": len(carried), "num_bytes": sum(sizes.values())}
+    return {"num_tensors": len(file_of), "num_carried": len(carried), "num_bytes": sum(sizes.values())}
 
 
 def _fill(
@@ -95,21 +94,29 @@ def _fill(
             waiting = 0
 
 
-def plan_files(plan: TensorPlan, shard_bytes: int | None) -> dict[str, TensorPlan]:
-    """File name -> its tensors. Files are filled in the order of the plan."""
+def plan_files(view: Source, shard_bytes: int | None) -> dict[str, TensorPlan]:
+    """File name -> its tensors. Files are filled in the order of the view."""
+    plan = {piece.name: (view.dtype(piece), piece.tensor_shape) for piece in pieces_of([*view.rows, *view.carried])}
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
-    for name, (dtype, shape) in plan.items():
-        nbytes = _nbytes(dtype, shape)
-        if shards[-1] and shard_bytes is not None and filled + nbytes > shard_bytes:
+    for name, entry in plan.items():
+        if shards[-1] and shard_bytes is not None and filled + _nbytes(*entry) > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = (dtype, shape)
-        filled += nbytes
+        shards[-1][name] = entry
+        filled += _nbytes(*entry)
     count = len(shards)
     if count == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{number:05d}-of-{count:05d}.safetensors": part for number, part in enumerate(shards, start=1)}
+
+
+def file_sizes(files: Mapping[str, TensorPlan]) -> dict[str, int]:
+    """File name -> bytes on the disk."""
+    return {
+        name: len(header_of(tensors)) + sum(_nbytes(*entry) for entry in tensors.values())
+        for name, tensors in files.items()
+    }
 
 
 def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from megatron_zeda.conversion.background import SourceHashes
+from megatron_zeda.conversion.dry_run import dry_run
 from megatron_zeda.conversion.folders import OutputFolder
 from megatron_zeda.conversion.hf_folder import HfFolder, copy_side_files, present_carried, write_config
-from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, write_hf
+from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, file_sizes, plan_files, write_hf
 from megatron_zeda.conversion.manifest import make_manifest, make_plan
 from megatron_zeda.conversion.origins import known_hashes
 from megatron_zeda.errors import InputError
@@ -25,6 +26,7 @@ def inject_zero_experts(
     num_zero_experts: int | None = None,
     seed: int = 0,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    plan_only: bool = False,
 ) -> dict[str, Any]:
     """Write a dynamic copy of a static checkpoint, complete with configuration, modelling code and tokenizer.
 
@@ -37,6 +39,7 @@ def inject_zero_experts(
         num_zero_experts: Z; by default half the number of experts.
         seed: seed of the new router rows.
         shard_bytes: largest weight file to write, if the source has several.
+        plan_only: write nothing, and return what :func:`megatron_zeda.conversion.dry_run.dry_run` does.
 
     Returns:
         The manifest that was written.
@@ -61,6 +64,8 @@ def inject_zero_experts(
         view = _Injected(source, dynamic, seed)
         files = source.source_files()
         limit = shard_bytes if source.reader.sharded else None
+        if plan_only:
+            return dry_run(view, output, files.values(), file_sizes(plan_files(view, limit)))
         plan = make_plan("inject", files, num_zero_experts=zero, seed=seed, shard_bytes=limit)
         with OutputFolder(output, plan=plan) as out, SourceHashes(files, known_hashes(source.path)) as hashes:
             written = write_hf(view, out, shard_bytes=limit, what="inject")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,14 @@ from typing import Any, Self
 
 import torch
 
-from megatron_zeda.conversion.folders import drop_from_cache, read_errors
+from megatron_zeda.conversion.disk_file import DiskFile
+from megatron_zeda.conversion.folders import read_errors
 from megatron_zeda.conversion.ledger import Ledger
 from megatron_zeda.errors import InputError, ZedaError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_CHUNK_BYTES = 1 << 23
+_CHUNK_BYTES = 1 << 22
 _MAX_HEADER_BYTES = 100 * 10**6
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -97,16 +98,6 @@ class SafetensorsReader:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         self._fill(memoryview(buffer.numpy()), info.file, offset, name)
         return buffer.view(info.dtype).reshape(shape)
-
-    def chunks(self, name: str, slot: int | None = None) -> Iterator[memoryview]:
-        """The bytes of a tensor, or of a slot, in pieces of a few MB that are valid until the next one."""
-        info = self.tensors[name]
-        _, offset, nbytes = info.part(slot)
-        buffer = memoryview(bytearray(min(nbytes, _CHUNK_BYTES)))
-        for done in range(0, nbytes, _CHUNK_BYTES):
-            chunk = buffer[: min(nbytes - done, _CHUNK_BYTES)]
-            self._fill(chunk, info.file, offset + done, name)
-            yield chunk
 
     def close(self) -> None:
         """Close the files."""
@@ -257,8 +248,9 @@ def _load_json(data: bytes, path: Path) -> dict[str, Any]:
 class SafetensorsWriter:
     """Write one planned file, piece by piece and in any order, then read it back.
 
-    Every planned byte must be written exactly once. :meth:`verify` forgets the file in memory and reads it from the
-    disk with :class:`SafetensorsReader`: every piece must have the checksum of what the source gave.
+    Every planned byte must be written exactly once. :meth:`verify` reads the file from the disk, past the memory that
+    the system keeps of it, at the places where :class:`SafetensorsReader` finds the tensors: every piece must have the
+    checksum of what the source gave.
     """
 
     def __init__(self, path: Path, plan: TensorPlan, *, slots: Mapping[str, int] | None = None) -> None:
@@ -313,19 +305,15 @@ class SafetensorsWriter:
         Raises:
             ZedaError: if a tensor is not what was written.
         """
-        drop_from_cache(self.path)
         digest = hashlib.sha256()
-        with SafetensorsReader(self.path.parent, file=self.path.name) as reader, self.path.open("rb") as file:
+        with DiskFile(self.path) as file, SafetensorsReader(self.path.parent, file=self.path.name) as reader:
             if reader.tensors != self.tensors:
                 raise ZedaError("verification failed: the header is not what was written", where=self.path)
-            digest.update(file.read(min((info.offset for info in self.tensors.values()), default=None)))
-            for name in self.tensors:  # in the order of the file, so the pieces together are the file
+            header = min((info.offset for info in self.tensors.values()), default=file.size)
+            digest.update(file.read(0, header))
+            for name in self.tensors:  # in the order of the file, so header and pieces together are the file
                 for slot in self._parts(name):
-                    found = 0
-                    for chunk in reader.chunks(name, slot):
-                        found = zlib.crc32(chunk, found)
-                        digest.update(chunk)
-                    if found != self._checksums[name, slot]:
+                    if self._read_back(reader.tensors[name], slot, file, digest) != self._checksums[name, slot]:
                         piece = name if slot is None else f"{name}[{slot}]"
                         raise ZedaError(
                             f"verification failed: {piece} was not read back as the source gave it",
@@ -344,6 +332,17 @@ class SafetensorsWriter:
             self.close()
         else:
             self.abandon()
+
+    @staticmethod
+    def _read_back(info: TensorInfo, slot: int | None, file: DiskFile, digest: hashlib._Hash) -> int:
+        """The checksum of a piece on the disk."""
+        _, offset, nbytes = info.part(slot)
+        found = 0
+        for done in range(0, nbytes, _CHUNK_BYTES):
+            chunk = file.read(offset + done, min(nbytes - done, _CHUNK_BYTES))
+            found = zlib.crc32(chunk, found)
+            digest.update(chunk)
+        return found
 
     def _parts(self, name: str) -> Iterable[int | None]:
         return range(self._slots[name]) if name in self._slots else (None,)

@@ -340,17 +340,17 @@ def test_a_bit_that_flips_on_the_disk_is_found(
     tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
     """In the header, at the end, in the middle: after the file was written and before it is read back."""
-    import megatron_zeda.conversion.safetensors_io as safetensors_io
+    import megatron_zeda.conversion.disk_file as disk_file
 
-    drop = safetensors_io.drop_from_cache
+    flush = disk_file.flush
 
     def flip(path: Path) -> None:
         data = bytearray(path.read_bytes())
         data[place] ^= 1
         path.write_bytes(data)
-        drop(path)
+        flush(path)
 
-    monkeypatch.setattr(safetensors_io, "drop_from_cache", flip)
+    monkeypatch.setattr(disk_file, "flush", flip)
     with pytest.raises(ZedaError, match=r"model\.safetensors"):
         inject_zero_experts(static, tmp_path / "out")
     assert nothing_beside(tmp_path / "out")

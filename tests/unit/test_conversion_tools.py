@@ -198,3 +198,29 @@ def test_runs_as_a_plain_script_from_anywhere(tmp_path: Path, static: Path) -> N
     command = [sys.executable, str(TOOLS / "verify_checkpoint.py"), str(static), str(static)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout) == (0, "equal: names, shapes, types and bits\n")
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
+    tools: dict[str, ModuleType], tmp_path: Path, static: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = static
+    if name == "megatron_to_hf":
+        source = tmp_path / "megatron"
+        tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(source)])
+        capsys.readouterr()
+    before = sorted(tmp_path.iterdir())
+    arguments = _arguments(name, str(source), str(tmp_path / "new/out"))
+    assert tools[name].main([*arguments, "--dry-run", "--json"]) == 0
+    planned = _result(capsys)
+    assert sorted(tmp_path.iterdir()) == before
+    assert tools[name].main([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{planned['num_tensors']} tensors, 0 of them carried" in shown and "time: about" in shown
+    assert tools[name].main([*arguments, "--json"]) == 0
+    done = _result(capsys)
+    assert done["num_tensors"] == planned["num_tensors"]
+    for file, size in planned["files"].items():
+        assert 0 <= (tmp_path / "new/out" / file).stat().st_size - size < 60_000  # torch_dist counts weights only
+        if file.endswith(".safetensors"):
+            assert (tmp_path / "new/out" / file).stat().st_size == size
