@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 CONFIGS = Path(__file__).parent / "full_size_configs"
+MODELS = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
 def full_size_config(name: str) -> dict[str, Any]:
@@ -58,3 +61,77 @@ def _leaves(entry: Any) -> list[Any]:
         children = entry.values() if isinstance(entry, dict) else entry
         return [leaf for child in children for leaf in _leaves(child)]
     return [entry]
+
+
+def blocks_of_all_ranks(
+    hf_config: dict[str, Any],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    **settings: Any,
+) -> list[Block]:
+    """:func:`saved_blocks` of every rank of a layout, on as few ranks as it needs.
+
+    Every rank in turn is this process, in a group whose messages go nowhere.
+
+    Args:
+        hf_config: the configuration.
+        tp: tensor-model-parallel size, and so on as Megatron abbreviates them.
+        settings: other ``TransformerConfig`` fields.
+    """
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    sizes = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": vpp,
+        "context_parallel_size": cp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
+    }
+    world = pp * math.lcm(tp * cp, ep * etp)
+    blocks = []
+    for rank in range(world):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        try:
+            parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
+            blocks += [block for model in _meta_models(hf_config, **sizes, **settings) for block in saved_blocks(model)]
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+    return blocks
+
+
+def _meta_models(hf_config: dict[str, Any], **settings: Any) -> Iterator[Any]:
+    """This rank's part of the model, one virtual stage after the other."""
+    from megatron.core import parallel_state
+
+    from megatron_zeda.models import build_gpt_model, build_transformer_config
+
+    virtual = settings["virtual_pipeline_model_parallel_size"]
+    config = build_transformer_config(
+        hf_config,
+        sequence_parallel=settings["tensor_model_parallel_size"] > 1,
+        perform_initialization=False,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        **settings,
+    )
+    for stage in range(virtual or 1):
+        place = {"ignore_virtual": False, "vp_stage": stage}
+        with torch.device("meta"):
+            model = build_gpt_model(
+                hf_config,
+                config,
+                pre_process=parallel_state.is_pipeline_first_stage(**place),
+                post_process=parallel_state.is_pipeline_last_stage(**place),
+                vp_stage=stage if virtual else None,
+            )
+        assert all(parameter.is_meta for parameter in model.parameters())
+        yield model
