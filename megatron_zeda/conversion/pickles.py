@@ -63,6 +63,8 @@ OBJECT_GLOBALS = (
         ("builtins", "dict"),
         ("builtins", "list"),
         ("builtins", "int"),
+        ("builtins", "bytes"),
+        ("builtins", "bytearray"),
         ("builtins", "slice"),
         ("pathlib", "PosixPath"),
         ("argparse", "Namespace"),
