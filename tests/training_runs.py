@@ -53,12 +53,12 @@ def make_run(root: Path, *, num_layers: int = 2, **changes: float) -> None:
     _from_teacher(root)
 
 
-def make_glm_run(root: Path, *, num_layers: int = 3) -> None:
-    """As :func:`make_run` for GLM-4.7-Flash: layer 0 is dense, and a layer that drafts tokens lies beside the model."""
+def make_glm_run(root: Path, *, num_layers: int = 3, family: str = "glm4_moe_lite") -> None:
+    """As :func:`make_run` for a GLM: layer 0 is dense, and a layer that drafts tokens lies beside the model."""
     from checkpoints import make_hf
 
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": num_layers, "n_routed_experts": 8}
-    make_hf(root / "teacher_hf", family="glm4_moe_lite", mtp=True, max_position_embeddings=128, **sizes)
+    make_hf(root / "teacher_hf", family=family, mtp=True, max_position_embeddings=128, **sizes)
     _from_teacher(root)
 
 

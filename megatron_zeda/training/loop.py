@@ -215,15 +215,27 @@ def _check_pair(student: dict[str, Any], teacher: dict[str, Any], folder: Any) -
             where=folder,
             rule="the teacher is the static model the student was made from",
         )
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "moe_intermediate_size")
-    differing = [key for key in keys if student.get(key) != teacher.get(key)]
-    if family.name != family_for(student).name or differing:
+    differing = ["another family"]
+    if family.name == family_for(student).name:
+        of_student, of_teacher = _without_zero_experts(student), _without_zero_experts(teacher)
+        differing = sorted(name for name in of_student if of_student[name] != of_teacher[name])
+    if differing:
         raise InputError(
-            f"teacher and student do not belong together: {', '.join(differing) or 'another family'}",
+            f"teacher and student do not belong together: {', '.join(differing)}",
             where=folder,
             rule="they differ in their routers only",
             fix="name the checkpoint the student was injected from",
         )
+
+
+def _without_zero_experts(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """What Megatron-Core builds a model from, as far as teacher and student share it."""
+    family = family_for(hf_config)
+    values = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
+    if "latent_norm_epsilon" in values and values["latent_norm_epsilon"] is None:
+        values["latent_norm_epsilon"] = values["layernorm_epsilon"]
+    own = ("num_zero_experts", "zero_expert_logit_bias", "init_method_std")
+    return {name: value for name, value in values.items() if name not in own}
 
 
 def _loop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ def test_a_run_starts_from_an_import_and_leaves_a_model(root: Path, whole: Confi
         assert 0.0 < line["skip_rate"] < 1.0
 
 
-def test_training_moves_what_it_should_and_nothing_else(root: Path, whole: Config) -> None:
-    """The layer that drafts tokens and the selection biases go in and come out bit for bit."""
-    before, after = read_tensors(root / "student_hf"), read_tensors(whole.run_dir / "hf")
+def assert_moved_as_it_should(root: Path, config: Config) -> None:
+    """The layer that drafts tokens and the selection biases go in and come out bit for bit, all else has moved."""
+    before, after = read_tensors(root / "student_hf"), read_tensors(config.run_dir / "hf")
     assert before.keys() == after.keys()
     fixed = {name for name in before if name.startswith(DRAFTING) or name.endswith(BIAS)}
     assert len(fixed) > 20 and sum(not name.startswith(DRAFTING) for name in fixed) == LAYERS - 1
@@ -63,6 +64,10 @@ def test_training_moves_what_it_should_and_nothing_else(root: Path, whole: Confi
     assert all(before[name].dtype == torch.float32 for name in fixed if name.endswith(BIAS))
     still = [name for name in before.keys() - fixed if before[name].equal(after[name])]
     assert still == []
+
+
+def test_training_moves_what_it_should_and_nothing_else(root: Path, whole: Config) -> None:
+    assert_moved_as_it_should(root, whole)
     assert (whole.save_dir / "hf" / "carried.safetensors").is_file()
     assert load_hf_config(whole.run_dir / "hf")["zeda_latent_norm_eps"] == 1e-6
 
@@ -181,10 +186,8 @@ def test_held_out_numbers_equal_the_exported_glms(root: Path, bias: float | None
     assert last["skip_rate_per_layer"] == pytest.approx(torch.cat(skipped, dim=1).mean(1).tolist(), abs=1e-12)
 
 
-def test_the_first_step_equals_transformers_autograd_for_glm(root: Path) -> None:
-    config = make_config(root, "autograd")
-    config.train.train_iters, config.zero_experts.balance_coeff = 1, 0.0
-    assert train(config) == 0
+def assert_first_step_is_autograds(root: Path, config: Config) -> None:
+    """Cross entropy and gradient norm of step 1 against the bundled modelling file in stock transformers."""
     samples = samples_of(config, config.dataset.train)
     order = BatchOrder(len(samples), seed=config.dataset.seed)
     model = load_hf_model(root / "student_hf")
@@ -196,9 +199,26 @@ def test_the_first_step_equals_transformers_autograd_for_glm(root: Path) -> None
         count += int(predicts.sum())
     (total / count).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
-    [line] = metrics(config)
-    assert line["ce"] == pytest.approx(total.item() / count, rel=1e-5)
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    first = metrics(config)[0]
+    assert first["ce"] == pytest.approx(total.item() / count, rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_the_first_step_equals_transformers_autograd_for_glm(root: Path) -> None:
+    config = make_config(root, "autograd")
+    config.train.train_iters, config.zero_experts.balance_coeff = 1, 0.0
+    assert train(config) == 0
+    assert_first_step_is_autograds(root, config)
+
+
+def test_glm_4_5_air_trains(tmp_path: Path) -> None:
+    """Grouped-query attention with partial rotary embeddings and biases, otherwise as above."""
+    make_glm_run(tmp_path, family="glm4_moe")
+    config = make_config(tmp_path, "run")
+    config.train.train_iters, config.zero_experts.balance_coeff, config.checkpoint.export_hf = 3, 0.0, True
+    assert train(config) == 0
+    assert_first_step_is_autograds(tmp_path, config)
+    assert_moved_as_it_should(tmp_path, config)
 
 
 # ---- law 8 -----------------------------------------------------------------------------------------------------------
@@ -232,3 +252,19 @@ def test_law_8_the_gate_sees_another_selection_bias(root: Path) -> None:
     with pytest.raises(ZedaError, match="with its zero experts masked the student is not the teacher: mean KL"):
         train(config)
     assert not list(config.run_dir.glob("checkpoints/iter_*"))
+
+
+def test_teacher_and_student_share_the_epsilon_of_latent_norms(root: Path, tmp_path: Path) -> None:
+    """Not given it is ``rms_norm_eps``, as Megatron-Core has it."""
+    config = make_config(root, "epsilon")
+    config.teacher.checkpoint, config.train.train_iters = str(tmp_path / "teacher"), 1
+    shutil.copytree(root / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher" / "hf" / "config.json"
+    shape = json.loads(file.read_text())
+    del shape["zeda_latent_norm_eps"]
+    file.write_text(json.dumps(shape))
+    with pytest.raises(InputError, match=r"do not belong together: latent_norm_epsilon"):
+        train(config)
+    file.write_text(json.dumps(shape | {"rms_norm_eps": 1e-6}))
+    with pytest.raises(InputError, match=r"do not belong together: layernorm_epsilon;"):
+        train(config)
