@@ -135,3 +135,36 @@ def _meta_models(hf_config: dict[str, Any], **settings: Any) -> Iterator[Any]:
             )
         assert all(parameter.is_meta for parameter in model.parameters())
         yield model
+
+
+def sparse_folder(folder: Path, hf_config: dict[str, Any], shard_bytes: int = 4 * 10**9) -> int:
+    """Write a checkpoint in bfloat16 (selection biases in float32) whose weights are holes, which take no disk.
+
+    Returns:
+        The bytes that its tensors seem to have.
+    """
+    from megatron_zeda.models import family_for
+    from megatron_zeda.models.rows import whole_tensors
+
+    family = family_for(hf_config)
+    shards: list[dict[str, Any]] = [{}]
+    sizes, weight_map = [0], {}
+    for name, shape in whole_tensors(family.weight_table(hf_config) + family.carried_rows(hf_config)).items():
+        kind, width = ("F32", 4) if name.endswith("e_score_correction_bias") else ("BF16", 2)
+        nbytes = width * math.prod(shape)
+        if sizes[-1] + nbytes > shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        offsets = [sizes[-1], sizes[-1] + nbytes]
+        shards[-1][name] = {"dtype": kind, "shape": shape, "data_offsets": offsets}
+        sizes[-1], weight_map[name] = offsets[1], f"model-{len(shards):05}.safetensors"
+    folder.mkdir()
+    for number, (tensors, size) in enumerate(zip(shards, sizes, strict=True), start=1):
+        header = json.dumps(tensors).encode()
+        with (folder / f"model-{number:05}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    return sum(sizes)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
-from full_size import MODELS, blocks_of_all_ranks, full_size_config, stock_shapes
+from full_size import MODELS, blocks_of_all_ranks, full_size_config, sparse_folder, stock_shapes
 
+from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts
 from megatron_zeda.models import ExpertLayout, HfConfig, family_for
 from megatron_zeda.models.rows import whole_tensors
 
@@ -82,6 +84,40 @@ def test_zero_experts_widen_routers_and_nothing_else(name: str) -> None:
         wider = ".mlp.gate." in tensor
         assert after[tensor] == (shape[0] + 32 * wider, *shape[1:])
     assert sum(".mlp.gate.weight" in tensor for tensor in before) >= config["num_hidden_layers"] - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_dry_runs_at_full_size(tmp_path: Path, name: str) -> None:
+    """On folders with the names, types and sizes of the published ones, and holes for weights."""
+    config = _config(name)
+    family = family_for(config)
+    experts = family.num_experts(config)
+    dynamic = family.make_dynamic(config, experts // 2)
+    num_bytes = {
+        kind: sparse_folder(tmp_path / kind, values) for kind, values in (("static", config), ("dynamic", dynamic))
+    }
+    columns = 2 * config["hidden_size"] + 4 * (name[:3] == "glm")  # a router row, and a selection bias in float32
+    num_routers = sum(".mlp.gate.weight" in tensor for tensor in _tensors(config))
+    assert num_bytes["dynamic"] - num_bytes["static"] == num_routers * columns * experts // 2
+    plans = {
+        "static": inject_zero_experts(
+            tmp_path / "static", tmp_path / "out", num_zero_experts=experts // 2, plan_only=True
+        ),
+        "dynamic": hf_to_megatron(tmp_path / "dynamic", tmp_path / "out", plan_only=True),
+    }
+    for plan in plans.values():
+        assert plan["num_tensors"] == len(_tensors(config))
+        assert plan["num_carried"] == len(whole_tensors(family.carried_rows(config)))
+        assert 0 <= plan["num_bytes"] - num_bytes["dynamic"] < 0.001 * plan["num_bytes"]  # headers
+        assert plan["fits"] == (plan["num_bytes"] <= plan["free_bytes"])
+        assert plan["memory_bytes"] <= 10**9 + 2 * 2 * config["vocab_size"] * config["hidden_size"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dynamic", "static"]
+
+
+def _tensors(config: HfConfig) -> dict[str, tuple[int, ...]]:
+    family = family_for(config)
+    return whole_tensors(family.weight_table(config) + family.carried_rows(config))
 
 
 @pytest.mark.slow
