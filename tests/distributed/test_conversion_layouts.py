@@ -32,9 +32,9 @@ CHAIN: list[dict[str, int]] = [
     {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
 ]
 # GLM: an odd number of layers, so stages of two and of three; the first of them is dense, and one more only drafts.
-LAYERS = {"qwen3_moe": 4, "glm4_moe_lite": 5}
-DENSE = {"qwen3_moe": 0, "glm4_moe_lite": 1}
-UNEVEN: dict[str, dict[str, int]] = {"qwen3_moe": {}, "glm4_moe_lite": {"num_layers_in_first_pipeline_stage": 2}}
+LAYERS = {"qwen3_moe": 4, "glm4_moe_lite": 5, "glm4_moe": 5}
+DENSE = {"qwen3_moe": 0, "glm4_moe_lite": 1, "glm4_moe": 1}
+FIRST_STAGE = {"num_layers_in_first_pipeline_stage": 2}
 
 
 def _expert_value(layer: int, expert: int) -> float:
@@ -44,7 +44,7 @@ def _expert_value(layer: int, expert: int) -> float:
 def _constant_experts(folder: Path, family: str) -> Path:
     """A checkpoint in which every weight of an expert says which expert of which layer it is."""
     layers = LAYERS[family]
-    make_hf(folder, family=family, num_hidden_layers=layers, num_key_value_heads=4, mtp=family == "glm4_moe_lite")
+    make_hf(folder, family=family, num_hidden_layers=layers, num_key_value_heads=4, mtp=family != "qwen3_moe")
     tensors = read_tensors(folder)
     for layer in range(DENSE[family], layers):
         for expert in range(EXPERTS):
@@ -86,7 +86,7 @@ def _chain(rank: int, world_size: int, root: str, family: str) -> list[int]:
         model = megatron_model(
             config,
             **sizes,
-            **(UNEVEN[family] if "pipeline_model_parallel_size" in sizes else {}),
+            **(FIRST_STAGE if "pipeline_model_parallel_size" in sizes else {}),
             expert_tensor_parallel_size=1,
             sequence_parallel="tensor_model_parallel_size" in sizes,
             pipeline_dtype=torch.float32,
@@ -124,7 +124,7 @@ def _training_state(model: Any, rank: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize("family", list(LAYERS))
 def test_law_4_through_a_chain_of_layouts(tmp_path: Path, family: str) -> None:
     inject_zero_experts(_constant_experts(tmp_path / "hf", family), tmp_path / "dynamic", num_zero_experts=2)
     hf_to_megatron(tmp_path / "dynamic", tmp_path / "start")

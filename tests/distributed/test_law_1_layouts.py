@@ -105,7 +105,7 @@ def _put_out_of_reach(router: Any) -> None:
     router.gating = masked
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite", "glm4_moe"])
 def test_law_1_and_logits_at_layouts(tmp_path: Path, family: str) -> None:
     make_hf(tmp_path / "static", family=family, num_hidden_layers=4, num_key_value_heads=4)
     inject_zero_experts(tmp_path / "static", tmp_path / "dynamic", num_zero_experts=ZERO)

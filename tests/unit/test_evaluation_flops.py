@@ -78,7 +78,7 @@ def counted(model: Any) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite", "glm4_moe"])
 def test_prefill_is_what_torch_counts(tmp_path: Path, family: str) -> None:
     make_hf(tmp_path / "static", family=family, num_hidden_layers=3)
     inject_zero_experts(tmp_path / "static", tmp_path / "dynamic", num_zero_experts=3)
