@@ -24,11 +24,10 @@ from megatron_zeda.conversion import (
     inject_zero_experts,
     injecting,
     megatron_to_hf,
-    safetensors_io,
     verify_checkpoint,
 )
 from megatron_zeda.conversion.background import Verifier
-from megatron_zeda.conversion.folders import drop_from_cache, sha256
+from megatron_zeda.conversion.folders import sha256
 from megatron_zeda.errors import InputError, ZedaError
 
 FAMILIES = ("qwen3_moe", "glm4_moe_lite")
@@ -214,16 +213,17 @@ def test_a_disk_that_does_not_keep_what_was_written(
     """A file changes between being written and being read back."""
     _ = good[family].megatron  # made before anything is damaged
     written: list[Path] = []
+    submit = Verifier.submit
 
-    def damage(path: Path) -> None:
-        drop_from_cache(path)
-        if path.suffix in (".safetensors", ".distcp") and path.stat().st_size > 10_000:
+    def damaged(self: Verifier, file: str, check: Callable[[], str], **record: Any) -> None:
+        path = self._out.partial / file
+        if path.stat().st_size > 10_000:
             written.append(path)
             if len(written) == 2:
                 faults.DISK_FAULTS[name](path)
+        submit(self, file, check, **record)
 
-    for module in (safetensors_io, importing):
-        monkeypatch.setattr(module, "drop_from_cache", damage)
+    monkeypatch.setattr(Verifier, "submit", damaged)
     with pytest.raises(ZedaError) as caught:
         _convert(tool, good[family], tmp_path / "out")
     assert written[1].name in str(caught.value)
