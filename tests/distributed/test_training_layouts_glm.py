@@ -119,9 +119,11 @@ def test_exports_of_glm_do_not_depend_on_the_layout(runs: Path, name: str) -> No
     assert actual.keys() == expected.keys() == before.keys()
     fixed = {key for key in before if key.startswith(f"model.layers.{LAYERS}.") or key.endswith(BIAS)}
     assert_same_bits({key: before[key] for key in fixed}, {key: actual[key] for key in fixed})
-    moved = 0
+    moved = set()
     for key in before.keys() - fixed:
         torch.testing.assert_close(actual[key], expected[key], rtol=0, atol=2e-4)
-        moved += bool((expected[key] - before[key]).abs().max() > 2e-3)  # weight decay alone is less
-    # Few experts have no token in six steps.
-    assert moved > 0.9 * len(before.keys() - fixed)
+        if (expected[key] - before[key]).abs().max() > 2e-3:  # weight decay alone is less
+            moved.add(key)
+    # A few experts have no token in six steps. Where much has moved, equality says much.
+    assert all(".mlp.experts." in key for key in before.keys() - fixed - moved)
+    assert len(moved) > 0.8 * len(before.keys() - fixed)
