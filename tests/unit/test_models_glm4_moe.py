@@ -229,6 +229,29 @@ def test_megatron_saves_the_keys_of_air_s_table(
     assert saved == {row.key: row.global_shape for row in family_for(dynamic).weight_table(dynamic)}
 
 
+def test_worked_shape_of_air() -> None:
+    """By hand: 45 layers of 128 experts beside a shared one, one dense layer, 96 query and 2 x 8 other heads."""
+    from megatron_zeda.evaluation import ModelShape
+
+    shape = ModelShape.from_hf_config(_config())
+    attention = 4096 * (96 + 2 * 8) * 128 + 96 * 128 * 4096
+    assert shape.fixed == 46 * attention + 45 * 3 * 4096 * 1408 + 3 * 4096 * 10944
+    assert shape.expert == 45 * 3 * 4096 * 1408
+    assert shape.router_column == 45 * 4096
+    assert shape.scores == 46 * 96 * (128 + 128)
+
+
+def test_rollouts_are_greedy_tokens_of_generate(air: Path) -> None:
+    from megatron_zeda.rollout import Sampling, TransformersEngine
+
+    for name in ("static", "dynamic"):
+        engine = TransformersEngine(air / name)
+        (responses,) = engine.generate([[3, 9, 17], [5, 8]], Sampling(max_new_tokens=6, temperature=0.0), batch_size=2)
+        for prompt, response in zip([[3, 9, 17], [5, 8]], responses, strict=True):
+            wanted = engine.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+            assert response.ids == wanted[0, len(prompt) :].tolist()
+
+
 def test_speculative_decoding_with_the_drafting_layer(air: Path) -> None:
     """transformers drafts with a layer of our model's class; the tokens are those of plain greedy decoding."""
     from transformers import GenerationConfig
