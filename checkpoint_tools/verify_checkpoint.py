@@ -29,7 +29,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     for option in ("prompts", "dtype", "max_tokens", "tolerance", "mask_zero_experts"):
         if getattr(args, option):
             raise InputError("used without --logits", where="--" + option.replace("_", "-"), fix="add --logits")
-    found = verify_checkpoint(args.a, args.b)
+    found = verify_checkpoint(args.a, args.b, hf_config=args.hf_config)
     result = {"equal": not found, "differences": found}
     if not found:
         return 0, result, ["equal: names, shapes, types and bits"]
@@ -49,6 +49,7 @@ def _compare_logits(args: argparse.Namespace) -> tuple[int, dict[str, Any], list
         dtype=dtype,
         max_tokens=MAX_TOKENS if args.max_tokens is None else args.max_tokens,
         mask_zero_experts=args.mask_zero_experts,
+        hf_config=args.hf_config,
     )
     tolerance = args.tolerance
     if tolerance is None and dtype == "float32":
@@ -68,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("Compare two checkpoints bit by bit, or by what they compute.")
     parser.add_argument("a", type=Path, help="Hugging Face or Megatron folder")
     parser.add_argument("b", type=Path, help="Hugging Face or Megatron folder")
+    parser.add_argument(
+        "--hf-config", type=Path, help="folder with config.json, for a Megatron checkpoint made by other tools"
+    )
     parser.add_argument("--logits", action="store_true", help="run both, one layer at a time, and compare every layer")
     parser.add_argument(
         "--prompts",

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_zeda.conversion.hf_folder import HfFolder
-from megatron_zeda.conversion.megatron_io import MegatronFolder, is_megatron_folder
+from megatron_zeda.conversion.megatron_io import MegatronFolder
 from megatron_zeda.conversion.streamed_models import States, run_streamed
+from megatron_zeda.conversion.verification import open_checkpoint
 from megatron_zeda.data import load_tokenizer
 from megatron_zeda.data.jsonl import read_lines
 from megatron_zeda.errors import InputError
@@ -87,6 +88,7 @@ def compare_logits(
     dtype: str = "float32",
     max_tokens: int = MAX_TOKENS,
     mask_zero_experts: bool = False,
+    hf_config: str | Path | None = None,
 ) -> LogitsComparison:
     """Run two checkpoints on the same prompts and compare what they compute, layer by layer.
 
@@ -101,6 +103,7 @@ def compare_logits(
         dtype: ``float32`` or ``bfloat16``.
         max_tokens: prompts are cut to this length.
         mask_zero_experts: turn the dial to -inf on both sides: a dynamic model then is its static one.
+        hf_config: folder with ``config.json`` and tokenizer for Megatron folders that no import of ours made.
 
     Raises:
         InputError: for a checkpoint that is not complete, two that cannot be compared, and unusable prompts.
@@ -109,7 +112,7 @@ def compare_logits(
         raise InputError("unknown type", where="--dtype", value=dtype, rule=" or ".join(DTYPES))
     if max_tokens < 1:
         raise InputError("no tokens left", where="--max-tokens", value=max_tokens, rule="at least 1")
-    first, second = _open(Path(a)), _open(Path(b))
+    first, second = open_checkpoint(a, hf_config), open_checkpoint(b, hf_config)
     try:
         _check_comparable(first, second)
         rows, source = _prompts([first, second], prompts, max_tokens)
@@ -122,10 +125,6 @@ def compare_logits(
             if isinstance(folder, HfFolder):
                 folder.close()
     return _compare(one, two, real, source)
-
-
-def _open(path: Path) -> HfFolder | MegatronFolder:
-    return MegatronFolder(path) if is_megatron_folder(path) else HfFolder(path)
 
 
 def _check_comparable(first: HfFolder | MegatronFolder, second: HfFolder | MegatronFolder) -> None:

@@ -39,10 +39,15 @@ class Source(Protocol):
         ...
 
 
-def verify_checkpoint(a: str | Path, b: str | Path) -> list[str]:
+def verify_checkpoint(a: str | Path, b: str | Path, *, hf_config: str | Path | None = None) -> list[str]:
     """Compare two checkpoints, each a Hugging Face or a Megatron folder, tensor by tensor and bit by bit.
 
     A Megatron folder is compared under its Hugging Face names, in the expert layout of the other side.
+
+    Args:
+        a: the first checkpoint.
+        b: the second.
+        hf_config: folder with ``config.json`` for Megatron folders that no import of ours made.
 
     Returns:
         One line for every difference; empty if there is none.
@@ -50,11 +55,11 @@ def verify_checkpoint(a: str | Path, b: str | Path) -> list[str]:
     Raises:
         InputError: if one of them is not a complete checkpoint.
     """
-    first, second = _open(a), _open(b)
+    first, second = open_checkpoint(a, hf_config), open_checkpoint(b, hf_config)
     if isinstance(first, MegatronFolder) and isinstance(second, HfFolder):
-        first = MegatronFolder(a, layout=second.layout)
+        first = MegatronFolder(a, layout=second.layout, hf_config=hf_config)
     elif isinstance(second, MegatronFolder):
-        second = MegatronFolder(b, layout=first.layout)
+        second = MegatronFolder(b, layout=first.layout, hf_config=hf_config)
     return differences(first, second)
 
 
@@ -91,10 +96,11 @@ def _different_values(one: torch.Tensor, two: torch.Tensor) -> int:
     return int((bits[0] != bits[1]).any(dim=1).sum())
 
 
-def _open(path: str | Path) -> HfFolder | MegatronFolder:
+def open_checkpoint(path: str | Path, hf_config: str | Path | None = None) -> HfFolder | MegatronFolder:
+    """Open a checkpoint of either kind; ``hf_config`` is for Megatron folders."""
     path = Path(path)
     if not os.path.isdir(path):
         raise InputError("no such folder", where=path, rule="a Hugging Face or a Megatron checkpoint folder")
     if is_megatron_folder(path):
-        return MegatronFolder(path)
+        return MegatronFolder(path, hf_config=hf_config)
     return HfFolder(path)

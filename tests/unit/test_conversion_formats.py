@@ -253,6 +253,9 @@ def test_a_selection_bias_carries_the_dial(glm: Path, tmp_path: Path, dial: floa
     mone = _export(turned, tmp_path / "mone", "vllm-mone")
     with torch.no_grad():
         assert (load_as_vllm(mone)(IDS).logits - wanted).abs().max() < 1e-5
+    before, after = (read_tensors(folder)["model.layers.1.mlp.gate.e_score_correction_bias"] for folder in (glm, mone))
+    assert after[:6].equal(before[:6])
+    assert after[6:].tolist() == (before[6:] + dial).clamp(min=-1e4).tolist()  # finite: others refuse infinities
     drafting = "model.layers.2.mlp.gate.e_score_correction_bias"
     assert read_tensors(mone)[drafting].equal(read_tensors(glm)[drafting])
     overrides = json.loads((mone / ZEDA_OVERRIDES_FILE).read_text())

@@ -16,7 +16,7 @@ import torch
 from checkpoints import VOCAB, edit_config, load_hf_model, make_hf, read_tensors
 from safetensors.torch import save_file
 
-from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf
+from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf, verify_checkpoint
 from megatron_zeda.conversion.logits import compare_logits
 from megatron_zeda.errors import InputError
 
@@ -103,6 +103,17 @@ def test_one_changed_weight_is_seen_in_its_layer(folder: Path, prompts: Path, tm
     assert found.layers[0].largest < 3e-5
     assert found.layers[1].largest > 1e-3
     assert found.logits.largest > 1e-3
+
+
+def test_a_megatron_checkpoint_without_our_files(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "megatron/release", tmp_path / "other/iter_0000003")
+    (tmp_path / "other/latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(InputError, match="--hf-config"):
+        compare_logits(folder / "dynamic", tmp_path / "other", prompts=prompts)
+    found = compare_logits(folder / "dynamic", tmp_path / "other", prompts=prompts, hf_config=folder / "dynamic")
+    assert found.logits.largest < 3e-5
+    different = verify_checkpoint(folder / "dynamic", tmp_path / "other", hf_config=folder / "dynamic")
+    assert all(".layers.2." in line for line in different)  # the drafting layer is not in it
 
 
 def test_bfloat16_and_tied_embeddings(tmp_path: Path, prompts: Path) -> None:
