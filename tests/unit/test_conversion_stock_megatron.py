@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import EXPERTS, LAYERS, VOCAB, assert_same_bits, load_hf_model, make_hf, nothing_beside, read_tensors
+from checkpoints import (
+    EXPERTS,
+    LAYERS,
+    VOCAB,
+    assert_same_bits,
+    load_hf_model,
+    load_megatron,
+    make_hf,
+    megatron_logits,
+    megatron_model,
+    nothing_beside,
+    read_tensors,
+)
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_zeda.conversion import hf_to_megatron, megatron_to_hf, verify_checkpoint
 from megatron_zeda.conversion.megatron_io import MegatronFolder, drop_extra_state, latest_checkpoint_dir
@@ -123,6 +136,48 @@ def test_a_stock_checkpoint_exports(
     assert_same_bits(read_tensors(static), read_tensors(tmp_path / "out"))
     ids = torch.arange(12)[None]
     assert load_hf_model(tmp_path / "out")(ids).logits.equal(load_hf_model(static)(ids).logits)
+
+
+@pytest.fixture
+def megatron_lm(megatron: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Megatron-LM's ``checkpointing`` module, with its global arguments: ``megatron_lm("--load", ...)``."""
+    from megatron.training import arguments, checkpointing, global_vars
+
+    def configure(*command: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", "--ckpt-format", "torch_dist", *command])
+        args = arguments.parse_args()
+        args.rank, args.world_size, args.use_dist_ckpt = 0, 1, True
+        monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+        return checkpointing
+
+    return configure
+
+
+def test_megatron_lm_loads_an_import(tmp_path: Path, dynamic: Path, megatron_lm: Any) -> None:
+    """Its own ``load_checkpoint``: a release starts at iteration 0 without optimizer and random states."""
+    hf_to_megatron(dynamic, tmp_path / "megatron")
+    model = megatron_model(load_hf_config(dynamic))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    command = ["--load", str(tmp_path / "megatron")]
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: .*_extra_state"):
+        megatron_lm(*command).load_checkpoint([model], None, None)
+    checkpointing = megatron_lm(*command, "--dist-ckpt-strictness", "log_all")
+    assert checkpointing.load_checkpoint([model], None, None) == (0, 0)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(megatron_logits(model, ids), load_hf_model(dynamic)(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_a_checkpoint_of_megatron_lm_exports(tmp_path: Path, dynamic: Path, megatron_lm: Any) -> None:
+    """Its own ``save_checkpoint``: arguments, extra states and all."""
+    hf_to_megatron(dynamic, tmp_path / "megatron")
+    model = megatron_model(load_hf_config(dynamic))
+    load_megatron(model, tmp_path / "megatron/release")
+    megatron_lm("--save", str(tmp_path / "saved")).save_checkpoint(7, [model], None, None, 0)
+    summary = megatron_to_hf(tmp_path / "saved", tmp_path / "out", hf_config=dynamic)
+    assert summary["iteration"] == 7
+    assert_same_bits(read_tensors(dynamic), read_tensors(tmp_path / "out"))
 
 
 def test_stock_code_loads_an_import(megatron: None, tmp_path: Path, static: Path) -> None:
