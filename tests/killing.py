@@ -18,6 +18,13 @@ import torch
 
 _CALLS = ("fsync", "fdatasync", "replace", "rename", "pwrite", "write", "mkdir", "unlink", "rmdir", "ftruncate")
 MANNERS = ("before", "half", "after")
+TOOLS = ("inject", "import", "export")
+POINTS = 20
+"""At how many random points each tool is killed."""
+SHARES = (0.05, 0.5, 0.95)
+"""Which part of its calls finds space on a disk that fills up."""
+SIZES = (0.1, 0.3, 0.6)
+"""Which part of the output a small disk holds."""
 SMALL_FILES = 20_000
 
 

@@ -7,6 +7,7 @@ here compares its table with what is run.
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import faults
 import pytest
 from checkpoints import make_hf, nothing_beside
 from faults import Fault
+from killing import POINTS, SHARES, SIZES, SMALL_FILES, TOOLS
 
 from megatron_zeda.conversion import (
     exporting,
@@ -31,7 +33,7 @@ from megatron_zeda.conversion.folders import sha256
 from megatron_zeda.errors import InputError, ZedaError
 
 FAMILIES = ("qwen3_moe", "glm4_moe_lite")
-TOOLS = ("inject", "import", "export")
+DOCUMENT = Path(__file__).parents[2] / "docs/verification.md"
 Case = tuple[str, Fault, str]
 
 
@@ -77,7 +79,7 @@ class Good:
     @property
     def dynamic(self) -> Path:
         """Made by injection, so it has our manifest."""
-        return self._made("dynamic", lambda path: inject_zero_experts(self.static, path, shard_bytes=20_000))
+        return self._made("dynamic", lambda path: inject_zero_experts(self.static, path, shard_bytes=SMALL_FILES))
 
     @property
     def megatron(self) -> Path:
@@ -191,11 +193,11 @@ def test_a_damaged_megatron_checkpoint(
 def _convert(tool: str, found: Good, out: Path) -> None:
     """Run a converter so that it writes several files."""
     if tool == "inject":
-        inject_zero_experts(found.static, out, shard_bytes=20_000)
+        inject_zero_experts(found.static, out, shard_bytes=SMALL_FILES)
     elif tool == "import":
-        hf_to_megatron(found.dynamic, out, file_bytes=20_000)
+        hf_to_megatron(found.dynamic, out, file_bytes=SMALL_FILES)
     else:
-        megatron_to_hf(found.megatron, out, shard_bytes=20_000)
+        megatron_to_hf(found.megatron, out, shard_bytes=SMALL_FILES)
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -288,3 +290,39 @@ def test_an_unfinished_output_that_was_damaged(
     _convert(tool, found, tmp_path / "out")
     assert _contents(tmp_path / "out") == _contents(tmp_path / "undamaged")
     assert not partial.exists() and not journal.exists()
+
+
+# ---- the count ------------------------------------------------------------------------------------------------------
+
+
+def _tried() -> dict[str, int]:
+    """Stage, as docs/verification.md calls it -> number of damaged checkpoints or runs times tools that saw them."""
+
+    def cases(table: list[Fault], tools: int | None = None) -> int:
+        return sum(
+            len(fault.targets(family)) * (len(fault.tools) if tools is None else tools)
+            for fault in table
+            for family in fault.families
+        )
+
+    return {
+        "a source of which nothing is known": cases(faults.PLAIN_FAULTS),
+        "a source with known hashes": cases(faults.KNOWN_FAULTS, 2) + cases(faults.KNOWN_FAULTS, 1),
+        "a comparison": cases(faults.COMPARED_FAULTS, 2),
+        "a Megatron checkpoint": cases(faults.MEGATRON_FAULTS),
+        "the disk, while converting": len(faults.DISK_FAULTS) * len(TOOLS) * len(FAMILIES),
+        "the program, while converting": len(faults.TABLE_FAULTS) * len(TOOLS) * len(FAMILIES),
+        "what an interrupted run left": len(faults.LEFT_OVER_FAULTS) * len(TOOLS),
+        "SIGKILL at random points": POINTS * len(TOOLS),
+        "a full disk": (len(SHARES) + len(SIZES) + 1) * len(TOOLS),
+    }
+
+
+def test_the_documented_count_is_what_is_tried() -> None:
+    tried = _tried()
+    tried["together"] = sum(tried.values())
+    rows = dict(re.findall(r"^\| ([^|]+?) \|[^|]*\|[^|]*\| ([\d,]+) \| [\d,]+ \|$", DOCUMENT.read_text(), re.M))
+    caught = dict(re.findall(r"^\| ([^|]+?) \|[^|]*\|[^|]*\| [\d,]+ \| ([\d,]+) \|$", DOCUMENT.read_text(), re.M))
+    print("\n" + "\n".join(f"{stage}: {count} tried, {count} caught" for stage, count in tried.items()))
+    assert {stage: int(count.replace(",", "")) for stage, count in rows.items()} == tried
+    assert caught == rows

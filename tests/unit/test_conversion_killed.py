@@ -14,14 +14,11 @@ from typing import Any
 
 import pytest
 from checkpoints import make_hf
-from killing import MANNERS, SMALL_FILES, convert, in_child
+from killing import MANNERS, POINTS, SHARES, SIZES, SMALL_FILES, TOOLS, convert, in_child
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts
 from megatron_zeda.conversion.folders import sha256
 from megatron_zeda.errors import InputError, ZedaError
-
-POINTS = 20
-TOOLS = ("inject", "import", "export")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +121,7 @@ def test_a_limit_on_the_size_of_files(
     assert _contents(tmp_path / "new/out") == contents
 
 
-@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_disk_that_fills_up(
     tmp_path: Path,
@@ -187,7 +184,7 @@ def _resize(disk: Path, num_bytes: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={num_bytes}", disk], check=True)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("share", SIZES)
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_disk_that_is_full(
     monkeypatch: pytest.MonkeyPatch,
