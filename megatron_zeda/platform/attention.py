@@ -201,15 +201,23 @@ class LatentNormMLASelfAttention(MLASelfAttention):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         epsilon = getattr(config, "latent_norm_epsilon", None)
-        if epsilon is None:
-            return
+        if epsilon is not None:
+            set_latent_norm_epsilon(self, epsilon)
+
+
+def set_latent_norm_epsilon(attention: Any, epsilon: float) -> None:
+    """Give the norms of the query and key-value latents of an ``MLASelfAttention`` this epsilon.
+
+    Raises:
+        RuntimeError: if a norm keeps its epsilon in another place than Megatron-Core's and Transformer Engine's do.
+    """
+    for name in ("q", "kv"):
+        norm, up = (getattr(attention, part, None) for part in (f"{name}_layernorm", f"linear_{name}_up_proj"))
         # Transformer Engine fuses either norm into the projection behind it, and leaves an identity in its place.
-        for name in ("q", "kv"):
-            norm, up = getattr(self, f"{name}_layernorm", None), getattr(self, f"linear_{name}_up_proj", None)
-            owner: Any = up if isinstance(norm, IdentityOp) else norm
-            if not hasattr(owner, "eps"):
-                raise RuntimeError(f"{type(owner).__name__} has no `eps`: latent_norm_epsilon cannot be applied to it")
-            owner.eps = epsilon
+        owner: Any = up if isinstance(norm, IdentityOp) else norm
+        if not hasattr(owner, "eps"):
+            raise RuntimeError(f"{type(owner).__name__} has no `eps`: latent_norm_epsilon cannot be applied to it")
+        owner.eps = epsilon
 
 
 class LocalMLASelfAttention(LatentNormMLASelfAttention):

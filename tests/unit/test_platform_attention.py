@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +20,14 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_zeda.platform.attention import (
     LocalDotProductAttention,
     LocalMLASelfAttention,
     local_core_attention,
+    set_latent_norm_epsilon,
 )
 from megatron_zeda.platform.zigzag import check_boundaries, thd_partition_indices
 from megatron_zeda.zero_experts import get_zero_expert_block_spec, get_zero_expert_layer_spec
@@ -318,3 +321,26 @@ def test_the_stock_class_stays_where_only_it_can() -> None:
         # There the stock class can do nothing, so ours says what the matter is.
         for config in (attention_config(True, **changes), attention_config(False, context_parallel_size=2, **changes)):
             assert local_core_attention(config) is LocalDotProductAttention
+
+
+def test_the_epsilon_of_latent_norms_goes_where_the_norm_is() -> None:
+    """Into norms that stand alone (local layers), or into the projections that they are fused with."""
+    apart = SimpleNamespace(
+        q_layernorm=torch.nn.RMSNorm(4),
+        kv_layernorm=torch.nn.RMSNorm(4),
+        linear_q_up_proj=SimpleNamespace(),
+        linear_kv_up_proj=SimpleNamespace(),
+    )
+    fused = SimpleNamespace(
+        q_layernorm=IdentityOp(),
+        kv_layernorm=IdentityOp(),
+        linear_q_up_proj=SimpleNamespace(eps=1.0),
+        linear_kv_up_proj=SimpleNamespace(eps=1.0),
+    )
+    for attention in (apart, fused):
+        set_latent_norm_epsilon(attention, 0.25)
+    assert apart.q_layernorm.eps == apart.kv_layernorm.eps == 0.25
+    assert fused.linear_q_up_proj.eps == fused.linear_kv_up_proj.eps == 0.25
+    del fused.linear_kv_up_proj.eps
+    with pytest.raises(RuntimeError, match="has no `eps`"):
+        set_latent_norm_epsilon(fused, 0.25)
