@@ -163,8 +163,7 @@ def _convert(operation: str) -> Callable[[Path, Path], Any]:
 
 
 def child(operation: str, source: Path, target: Path, profile: int) -> dict[str, float]:
-    """Run one operation in this process; return its seconds, processor seconds and peak memory in bytes."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    """Run one operation in this process, as its tool does; return seconds, processor seconds and peak bytes."""
     run = copy_folder if operation == "copy" else _convert(operation)
     os.sync()
     drop_from_cache(files_of(source))
@@ -225,7 +224,7 @@ def largest_group_bytes(folder: Path) -> int:
     from megatron_zeda.conversion.hf_folder import HfFolder
 
     with HfFolder(folder) as source:
-        sizes = [row.numel * source.dtype(row.pieces[0]).itemsize for row in source.rows]
+        sizes = [row.numel * source.dtype(row.pieces[0]).itemsize for row in [*source.rows, *source.carried]]
     return max(sizes)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from megatron_zeda.conversion import verify_checkpoint
+from megatron_zeda.models import HfConfig, family_for
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -31,7 +36,7 @@ def _own_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield
     torch.set_num_threads(threads)
     set_loss_tokens(None)
-    for name in ("moe_layer", "step", "side_by_side", "zero_expert_layers"):
+    for name in ("conversion", "moe_layer", "step", "side_by_side", "zero_expert_layers"):
         sys.modules.pop(name, None)
 
 
@@ -93,6 +98,41 @@ def test_step_writes_ratios(tmp_path: Path) -> None:
     assert none["skip_rate"] == 0.0 and half["skip_rate"] == pytest.approx(0.5, abs=0.02)
     assert record["settings"]["tokens_per_step"] == 2 * 4 * 16
     assert record["targets"][0]["limit"] == 1.03
+
+
+def test_conversion_writes_ratios_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import conversion
+
+    def in_this_process(operation: str, source: Path, target: Path, profile: int = 0) -> dict[str, float]:
+        shutil.rmtree(target, ignore_errors=True)
+        return conversion.child(operation, source, target, profile) | {"seconds_with_start": 1.0}
+
+    monkeypatch.setattr(conversion, "in_child", in_this_process)
+    monkeypatch.setattr(os, "sync", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["conversion.py"])
+    output = tmp_path / "result.json"
+    arguments = ["--shape", "tiny", "--folder", str(tmp_path / "work"), "--rounds", "2", "--shard-bytes", "1_000_000"]
+    conversion.main([*arguments, "--keep", "--output", str(output)])
+    record = json.loads(output.read_text())
+    assert [result["operation"] for result in record["results"]] == ["inject", "import", "export"]
+    for result in record["results"]:
+        assert result["bytes"] > 2_000_000 and result["files"] > 3
+        ratio = result["conversion_over_copy"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert result["conversion"]["gigabytes_per_second"]["median"] > 0
+    assert [target["limit"] for target in record["targets"]][1::2] == [2.0, 2.0]
+    folder = tmp_path / "work/tiny-2"
+    assert sorted(path.name for path in folder.iterdir()) == ["megatron", "source"]
+    assert verify_checkpoint(folder / "source", folder / "megatron") == []
+
+
+def test_conversion_is_measured_at_real_sizes() -> None:
+    import conversion
+
+    for shape in ("qwen3-30b-a3b", "glm-4.7-flash"):
+        config = HfConfig(conversion.CONFIGS[shape], where=shape)
+        rows = family_for(config).weight_table(config)
+        assert 2 * sum(row.numel for row in rows) > (4e9 if shape == "qwen3-30b-a3b" else 2.5e9)
 
 
 def test_spread_and_ratio() -> None:
