@@ -109,6 +109,14 @@ def test_what_fits_glm(values: dict[str, Any], world_size: int) -> None:
     check_with_megatron(config, GLM)
 
 
+def test_tensor_parallel_sizes_that_divide_the_heads_and_not_the_shared_expert() -> None:
+    config = make(model__tensor_model_parallel_size=5, model__sequence_parallel=True, model__seq_length=4000)
+    problem = only(find_problems(config, world_size=5, hf_config=GLM))
+    assert problem.rule == "divisors" and "5 does not divide the model's 1536 units of the shared experts" in str(
+        problem
+    )
+
+
 def test_layers_on_stages() -> None:
     facts = derived(make(**FOUR_STAGES | {LOSS: True, "model__virtual_pipeline_model_parallel_size": 3}), 4, GLM)
     assert facts["layers_per_stage"] == "4 + 4 + 4 | 4 + 4 + 4 | 4 + 4 + 4 | 4 + 4 + 3"

@@ -46,6 +46,8 @@ def whole(root: Path) -> Config:
 def test_a_run_starts_from_an_import_and_leaves_a_model(root: Path, whole: Config) -> None:
     assert newest_iteration(root / "student").name == "release"
     assert newest_iteration(whole.save_dir).name == "iter_0000006"
+    manifest = json.loads((whole.save_dir / "zeda_manifest.json").read_text())
+    assert manifest["iteration"] == 6 and "files" not in manifest  # the import's are not the run's
     lines = metrics(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["ce"] < lines[0]["ce"]
