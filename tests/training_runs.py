@@ -53,12 +53,22 @@ def make_run(root: Path, *, num_layers: int = 2, **changes: float) -> None:
     _from_teacher(root)
 
 
-def make_glm_run(root: Path, *, num_layers: int = 3, family: str = "glm4_moe_lite") -> None:
-    """As :func:`make_run` for a GLM: layer 0 is dense, and a layer that drafts tokens lies beside the model."""
+def make_glm_run(
+    root: Path, *, num_layers: int = 3, family: str = "glm4_moe_lite", scale: float = 1.0, **changes: Any
+) -> None:
+    """As :func:`make_run` for a GLM: layer 0 is dense, and a layer that drafts tokens lies beside the model.
+
+    ``scale`` multiplies every matrix; those of wide models are large otherwise.
+    """
     from checkpoints import make_hf
+    from safetensors.torch import load_file, save_file
 
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_hidden_layers": num_layers, "n_routed_experts": 8}
-    make_hf(root / "teacher_hf", family=family, mtp=True, max_position_embeddings=128, **sizes)
+    sizes |= {"max_position_embeddings": 128, **changes}
+    make_hf(root / "teacher_hf", family=family, mtp=True, **sizes)
+    file = root / "teacher_hf" / "model.safetensors"
+    tensors = {name: tensor * scale if tensor.dim() > 1 else tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
     _from_teacher(root)
 
 

@@ -1,4 +1,4 @@
-"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|glm|runs|wide FOLDER``.
+"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|glm|runs|glm-runs|wide FOLDER``.
 
 A process of its own, because the CPU adapter refuses to run where a GPU is visible. Compiled packages whose kernels
 need one are hidden too: Megatron-Core takes apex's Adam and its norms of gradients wherever it can import them.
@@ -198,6 +198,19 @@ def write_runs(folder: Path) -> None:
         assert train(run_config(folder, name, settings)) == 0
 
 
+def write_glm_runs(folder: Path) -> None:
+    """The same for GLM-4.7-Flash, in sizes that fused attention takes."""
+    from training_runs import make_glm_run
+
+    from megatron_zeda.training import train
+
+    names = ("hidden_size", "intermediate_size", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank")
+    names += ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    make_glm_run(folder, scale=0.25, **{name: GLM[name] for name in names})
+    for name, settings in RUNS.items():
+        assert train(run_config(folder, name, settings)) == 0
+
+
 def write_wide(folder: Path) -> None:
     """Teacher, student and data, every size of a linear layer a multiple of the 128 values that share a scale."""
     from training_runs import make_run
@@ -215,4 +228,11 @@ def write_wide(folder: Path) -> None:
 if __name__ == "__main__":
     for package in HIDDEN_PACKAGES:
         sys.modules[package] = None  # type: ignore[assignment]  # importing it fails from here on
-    {"model": write_model, "glm": write_glm, "runs": write_runs, "wide": write_wide}[sys.argv[1]](Path(sys.argv[2]))
+    writers = {
+        "model": write_model,
+        "glm": write_glm,
+        "runs": write_runs,
+        "glm-runs": write_glm_runs,
+        "wide": write_wide,
+    }
+    writers[sys.argv[1]](Path(sys.argv[2]))
