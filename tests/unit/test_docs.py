@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
+import pytest
+from full_size import MODELS, full_size_config
+
+from megatron_zeda.models import FAMILIES, Family, family_for
 from megatron_zeda.zero_experts.config import REFUSALS
 
 ROOT = Path(__file__).parents[2]
@@ -16,3 +21,23 @@ def test_refusal_tables_are_the_codes() -> None:
     assert page == rendered, "docs/refusals.md is not current: run python docs/generate_refusals.py"
     for refusal in REFUSALS:
         assert f"| `{refusal.setting}` | {refusal.reason} | {refusal.alternative} |" in page
+
+
+def test_adding_a_family_names_files_that_are_there() -> None:
+    page = (ROOT / "docs" / "adding_a_family.md").read_text()
+    paths = set(re.findall(r"`((?:tests|models|serving|megatron_zeda)/[\w/.]+)`", page))
+    assert len(paths) > 8
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "megatron_zeda" / path).exists(), path
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_family_has_what_the_page_asks_for(family: Family) -> None:
+    for name in family.modeling_files:
+        assert (ROOT / "megatron_zeda" / "serving" / name).is_file()
+    module = Path(family.modeling_files[0]).stem
+    assert set(family.auto_map) == {"AutoModel", "AutoModelForCausalLM"}
+    assert family.auto_map["AutoModelForCausalLM"] == f"{module}.{family.dynamic_architecture}"
+    assert any(family_for(full_size_config(model)) is family for model in MODELS)
+    for name in ("test_conversion_layouts.py", "test_law_1_layouts.py"):
+        assert f'"{family.name}"' in (ROOT / "tests" / "distributed" / name).read_text()
