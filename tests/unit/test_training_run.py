@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import newest_iteration
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from training_runs import make_config, make_run
@@ -615,7 +616,7 @@ def test_bad_checkpoints(root: Path, whole: Config, tmp_path: Path) -> None:
         train(config)
 
     shutil.copytree(root / "student", tmp_path / "truncated")
-    [file, *_] = (tmp_path / "truncated" / "iter_0000000").glob("*.distcp")
+    [file, *_] = newest_iteration(tmp_path / "truncated").glob("*.distcp")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     config.model.checkpoint = str(tmp_path / "truncated")
     with pytest.raises(ZedaError, match="truncated"):
@@ -639,7 +640,7 @@ class Malicious:
 
 def test_a_malicious_pickle_is_not_loaded(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "student", tmp_path / "evil")
-    (tmp_path / "evil" / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "mark")))
+    (newest_iteration(tmp_path / "evil") / ".metadata").write_bytes(pickle.dumps(Malicious(tmp_path / "mark")))
     config = make_config(root, "evil")
     config.model.checkpoint = str(tmp_path / "evil")
     with pytest.raises(ZedaError):
