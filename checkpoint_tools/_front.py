@@ -26,6 +26,25 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_shard_size(parser: argparse.ArgumentParser) -> None:
+    """The option of the tools that write Hugging Face weights."""
+    parser.add_argument(
+        "--shard-gb", type=_positive, default=2.0, help="largest weight file in GB, if the source has several files"
+    )
+
+
+def shard_bytes(args: argparse.Namespace) -> int:
+    """What :func:`add_shard_size` asked for."""
+    return int(args.shard_gb * 10**9)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
 def run(parser: argparse.ArgumentParser, work: Work, argv: list[str] | None = None) -> int:
     """Parse, work, print.
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _front import make_parser, run, size_of
+from _front import add_shard_size, make_parser, run, shard_bytes, size_of
 
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
@@ -18,7 +18,12 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion.dry_run import report_lines
 
     result = inject_zero_experts(
-        args.input, args.output, num_zero_experts=args.num_zero_experts, seed=args.seed, plan_only=args.dry_run
+        args.input,
+        args.output,
+        num_zero_experts=args.num_zero_experts,
+        seed=args.seed,
+        shard_bytes=shard_bytes(args),
+        plan_only=args.dry_run,
     )
     if args.dry_run:
         return 0, result, report_lines(result)
@@ -34,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--num-zero-experts", type=int, help="Z; half the number of experts if not given")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new router rows")
+    add_shard_size(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)
 

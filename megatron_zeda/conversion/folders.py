@@ -386,23 +386,3 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _flush_folder(path: Path) -> None:
     flush(path)
-
-
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """An :class:`OutputFolder` that is never continued."""
-    with OutputFolder(path, plan={"process": os.getpid()}) as out:
-        yield out.partial
-
-
-def need_space(folder: Path, num_bytes: int) -> None:
-    """Refuse at the start what cannot fit in the end."""
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise NotEnoughSpaceError(
-            "not enough space on the disk",
-            where=folder.parent,
-            value=f"{free / 1e9:.1f} GB free",
-            rule=f"{num_bytes / 1e9:.1f} GB needed",
-            fix="free space or choose another folder",
-        )

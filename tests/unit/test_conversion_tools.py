@@ -193,6 +193,33 @@ def test_a_terminated_run_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_terminated_run_says_what_stays_and_continues(
+    tools: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from checkpoints import make_hf
+
+    from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
+
+    source, out = make_hf(tmp_path / "hf", shards=True), tmp_path / "out"
+    arguments = ["--input", str(source), "--output", str(out), "--shard-gb", "0.00002"]
+    write, calls = SafetensorsWriter.write, []
+
+    def terminated(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsWriter, "write", terminated)
+        assert tools["inject_zero_experts"].main(arguments) == 130
+    line = capsys.readouterr().err.splitlines()[-1]  # importing PyTorch may have warned before
+    assert line.startswith("error: interrupted; ") and line.endswith("and the same command continues with them")
+    assert tools["inject_zero_experts"].main(arguments) == 0
+    assert "verified" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
 def test_runs_as_a_plain_script_from_anywhere(tmp_path: Path, static: Path) -> None:
     """Without installation: no PYTHONPATH, another working folder."""
     command = [sys.executable, str(TOOLS / "verify_checkpoint.py"), str(static), str(static)]
