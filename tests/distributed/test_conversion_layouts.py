@@ -30,6 +30,8 @@ CHAIN: list[dict[str, int]] = [
     {"expert_model_parallel_size": 4},
     {"tensor_model_parallel_size": 4},
     {"pipeline_model_parallel_size": 2, "expert_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2},
+    {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
 ]
 # GLM: an odd number of layers, so stages of two and of three; the first of them is dense, and one more only drafts.
 LAYERS = {"qwen3_moe": 4, "glm4_moe_lite": 5, "glm4_moe": 5}
@@ -81,13 +83,13 @@ def _chain(rank: int, world_size: int, root: str, family: str) -> list[int]:
 
     config = load_hf_config(Path(root) / "start/hf")
     source, checked = newest_iteration(Path(root) / "start"), []
-    for number, sizes in enumerate(CHAIN, start=1):
-        initialize_megatron(expert_tensor_parallel_size=1, **sizes)
+    for number, layout in enumerate(CHAIN, start=1):
+        sizes = {"expert_tensor_parallel_size": 1, **layout}
+        initialize_megatron(**sizes)
         model = megatron_model(
             config,
             **sizes,
             **(FIRST_STAGE if "pipeline_model_parallel_size" in sizes else {}),
-            expert_tensor_parallel_size=1,
             sequence_parallel="tensor_model_parallel_size" in sizes,
             pipeline_dtype=torch.float32,
             perform_initialization=False,
