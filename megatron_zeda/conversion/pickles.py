@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,10 @@ def _check_torch_file(data: bytes, where: str | Path) -> None:
     try:
         reader = torch._C.PyTorchFileReader(io.BytesIO(data))
         records = reader.get_all_records()
-    except RuntimeError as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # PyTorch writes checksums and does not look at them
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"CRC-32 of {damaged} is wrong")
+    except (RuntimeError, zipfile.BadZipFile) as error:
         raise InputError("the torch archive cannot be read", where=where, fix="copy the checkpoint again") from error
     if "constants.pkl" in records or "data.pkl" not in records:
         raise ZedaError("not a plain torch archive", where=where, value=sorted(records)[:5])

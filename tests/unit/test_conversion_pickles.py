@@ -152,6 +152,20 @@ def test_incomplete_checkpoints_are_refused(tmp_path: Path) -> None:
         check_pickles(folder)
 
 
+def test_a_flipped_bit_in_an_object_is_found(tmp_path: Path) -> None:
+    """PyTorch reads it without a word: here a random state that is another one."""
+    folder = _write(tmp_path / "a", {"rng": torch.arange(1000)})
+    path = folder / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.arange(1000).numpy().tobytes()) + 800
+    data[place] ^= 1
+    path.write_bytes(data)
+    (state,) = torch.load(path, weights_only=True)
+    assert not state["rng"].equal(torch.arange(1000))
+    with pytest.raises(InputError, match="archive cannot be read"):
+        check_pickles(folder)
+
+
 def test_a_block_that_is_not_covered_is_refused(tmp_path: Path) -> None:
     folder = _write(tmp_path / "a", {})
     metadata = pickle.loads((folder / ".metadata").read_bytes())
