@@ -104,6 +104,29 @@ def open_archive(data: bytearray | memoryview, where: str | Path) -> ArchivedTen
     return ArchivedTensor(found.dtype, found.shape, found.stride, begin + found.offset * itemsize)
 
 
+def check_records(data: bytearray | memoryview, where: str | Path) -> None:
+    """Check the CRC-32 of every record of an archive, whatever it holds.
+
+    Args:
+        data: the whole archive.
+        where: names it in messages.
+
+    Raises:
+        InputError: if a record is damaged or missing.
+    """
+    try:
+        with zipfile.ZipFile(_Buffer(data)) as archive:
+            for entry in archive.infolist():
+                _checked(data, entry)
+    except (zipfile.BadZipFile, *_DAMAGE) as error:
+        raise InputError(
+            f"the bytes are damaged ({error})",
+            where=where,
+            rule="every record agrees with its CRC-32",
+            fix="copy the checkpoint again",
+        ) from error
+
+
 _DAMAGE = (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, NotImplementedError, struct.error)
 
 

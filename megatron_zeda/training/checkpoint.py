@@ -30,6 +30,7 @@ from megatron_zeda.config import Config
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.config_megatron import pipeline_split
 from megatron_zeda.conversion import megatron_io
+from megatron_zeda.conversion.checksums import check_checksums
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.models.hf_config import zero_logit_bias
@@ -131,6 +132,14 @@ def _load_model_state(chunks: list[Any], state: dict[str, Any]) -> None:
         unwrap(chunk).load_state_dict(state[name], strict=False)
 
 
+def _check_bytes(iteration_dir: Path) -> None:
+    """Nothing but data in its pickles, and no bit flipped: PyTorch looks at no checksum. Ranks share the reading."""
+    metadata = megatron_io.check_pickles(iteration_dir)
+    with _all_or_none(iteration_dir, "read"):
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        check_checksums(iteration_dir, metadata, part=rank, parts=size)
+
+
 def load_weights(chunks: list[Any], folder: Path) -> None:
     """Load the weights of the latest checkpoint in ``folder`` into model chunks of any layout; a collective call.
 
@@ -140,7 +149,7 @@ def load_weights(chunks: list[Any], folder: Path) -> None:
     from megatron.core import dist_checkpointing
 
     iteration_dir = megatron_io.latest_checkpoint_dir(folder)
-    megatron_io.check_pickles(iteration_dir)
+    _check_bytes(iteration_dir)
     with _loading(iteration_dir):
         state = dist_checkpointing.load(_model_state(chunks), str(iteration_dir), strict="raise_unexpected")
         _load_model_state(chunks, state)
@@ -257,7 +266,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
 
 
 @contextmanager
-def _all_or_none(folder: Path) -> Iterator[None]:
+def _all_or_none(folder: Path, what: str = "write") -> Iterator[None]:
     """What one rank does for all: every rank leaves the block when it is done, or raises because it failed."""
     failure: OSError | ZedaError | None = None
     try:
@@ -269,7 +278,7 @@ def _all_or_none(folder: Path) -> Iterator[None]:
     if failure is not None:
         raise failure
     if failures > 0:
-        raise ZedaError("another process could not write the checkpoint; its message says why", where=folder)
+        raise ZedaError(f"another process could not {what} the checkpoint; its message says why", where=folder)
 
 
 def _begin(partial: Path) -> None:
@@ -373,7 +382,7 @@ def resume(config: Config, folder: Path, chunks: list[Any], optimizer: Any, sche
     from megatron.core import dist_checkpointing
 
     iteration_dir = megatron_io.latest_checkpoint_dir(folder)
-    megatron_io.check_pickles(iteration_dir)
+    _check_bytes(iteration_dir)
     saved = megatron_io.read_manifest(iteration_dir)
     if "layout" not in saved:
         raise InputError(

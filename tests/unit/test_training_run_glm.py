@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,27 @@ def test_a_folder_without_a_configuration_beside_it_is_refused_at_once(root: Pat
     config.model.hf, config.model.checkpoint = str(root / "student_hf"), str(tmp_path / "student")
     with pytest.raises(InputError, match=r"no config.json beside the checkpoint"):
         train(config)
+
+
+def test_a_flipped_bit_is_found_before_training(root: Path, whole: Config, tmp_path: Path) -> None:
+    """In the weights a run starts from, and in the optimizer states it goes on from."""
+    for source, name in ((root / "student", "start"), (whole.save_dir, "resume")):
+        folder = tmp_path / name
+        shutil.copytree(source, folder)
+        metadata = pickle.loads((newest_iteration(folder) / ".metadata").read_bytes())
+        wanted = "exp_avg" if name == "resume" else "embedding"
+        piece = next(info for index, info in metadata.storage_data.items() if wanted in index.fqn)
+        file = newest_iteration(folder) / piece.relative_path
+        data = bytearray(file.read_bytes())
+        data[piece.offset + piece.length // 2] ^= 1  # amid the numbers
+        file.write_bytes(data)
+        config = make_config(root, f"flipped-{name}")
+        if name == "start":
+            config.model.checkpoint = str(folder)
+        else:
+            config.checkpoint.load, config.train.train_iters = str(folder), 8
+        with pytest.raises(InputError, match=r"\.distcp \(.*the bytes are damaged \(CRC-32"):
+            train(config)
 
 
 # ---- law 6, against stock transformers' modules ----------------------------------------------------------------------
