@@ -79,7 +79,7 @@ class OutputFolder:
         self._checked: set[str] = set()
         self._created: list[Path] = []
         self._lock = -1
-        self._fresh = False
+        self._fresh = self._complete = False
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):
@@ -252,11 +252,14 @@ class OutputFolder:
             _flush_folder(folder)
         _refuse_existing(self.path)
         os.replace(self.partial, self.path)
+        self._complete = True
         _flush_folder(self.path.parent)
         self._journal.unlink()
 
     def _fail(self, error: BaseException) -> None:
         """Keep what can be continued, remove everything else, and say which."""
+        if self._complete:
+            return
         blamed = _blamed_input(error, self.path, self.partial, self._journal)
         if blamed is None and self._records and isinstance(error, (*_KEPT, NotEnoughSpaceError)):
             if isinstance(error, OSError):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import megatron_zeda.conversion.folders as folders
 from megatron_zeda.conversion.folders import MANIFEST_FILE, NotEnoughSpaceError, OutputFolder
 from megatron_zeda.errors import InputError, ZedaError
 
@@ -178,3 +179,23 @@ def test_a_finished_file_that_nobody_asked_for_is_not_shown(tmp_path: Path) -> N
     with pytest.raises(ZedaError, match="never asked for"), OutputFolder(tmp_path / "out", plan=PLAN):
         pass
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_after_the_rename_does_not_speak_of_a_partial_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def interrupted(*args: object) -> None:
+        monkeypatch.setattr(folders, "_flush_folder", _interrupt)
+        replace(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught, OutputFolder(tmp_path / "out", plan=PLAN) as out:
+        _write(out, "a")
+    assert not hasattr(caught.value, "__notes__")
+    assert (tmp_path / "out/a").read_text() == "text"
+
+
+def _interrupt(path: Path) -> None:
+    raise KeyboardInterrupt
