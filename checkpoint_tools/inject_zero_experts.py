@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--input", type=Path, required=True, help="static Hugging Face folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--num-zero-experts", type=int, help="Z; half the number of experts if not given")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the new router rows")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new router rows and selection biases")
     add_shard_size(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)

@@ -37,7 +37,7 @@ def inject_zero_experts(
         input: static Hugging Face folder.
         output: folder to create.
         num_zero_experts: Z; by default half the number of experts.
-        seed: seed of the new router rows.
+        seed: seed of the new router rows and selection biases.
         shard_bytes: largest weight file to write, if the source has several.
         plan_only: write nothing, and return what :func:`megatron_zeda.conversion.dry_run.dry_run` does.
 

@@ -27,6 +27,7 @@ from megatron_zeda.models.rows import (
     gated_rows,
     grow_gate,
     grow_never_selected,
+    grow_selection_bias,
     grow_zeros,
     row,
     tied,
@@ -182,7 +183,7 @@ class GlmFamily(Family):
         return [
             *rows,
             row(f"{router}weight", f"{gate}weight", columns, hidden, grow=grow_gate),
-            row(f"{router}expert_bias", f"{gate}e_score_correction_bias", columns, grow=grow_zeros),
+            row(f"{router}expert_bias", f"{gate}e_score_correction_bias", columns, grow=grow_selection_bias),
             *expert_rows(f"{megatron}mlp.experts.experts.", f"{hf}mlp.experts.", ffn, hidden, experts, layout),
             *gated_rows(
                 f"{megatron}mlp.shared_experts.",

@@ -20,8 +20,15 @@ def grow_gate(gate: torch.Tensor, num_zero_experts: int, *, seed: int, name: str
     return draw_zero_rows(gate, num_zero_experts, seed=seed, name=name)
 
 
+def grow_selection_bias(bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
+    """``[Z]``: selection biases drawn from the statistics of the old ones."""
+    from megatron_zeda.zero_experts.injection import draw_zero_entries
+
+    return draw_zero_entries(bias, num_zero_experts, seed=seed, name=name)
+
+
 def grow_zeros(tensor: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
-    """``[Z, ...]`` zeros: a selection bias that favours nobody, or router rows that nothing depends on."""
+    """``[Z, ...]`` zeros: router rows that nothing depends on."""
     return tensor.new_zeros(num_zero_experts, *tensor.shape[1:])
 
 

@@ -13,7 +13,12 @@ from megatron_zeda.zero_experts.group_balance import (
     target_skip_rate,
     weight_for_skip_rate,
 )
-from megatron_zeda.zero_experts.injection import default_num_zero_experts, draw_zero_rows, widen_gate
+from megatron_zeda.zero_experts.injection import (
+    default_num_zero_experts,
+    draw_zero_entries,
+    draw_zero_rows,
+    widen_gate,
+)
 from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
 from megatron_zeda.zero_experts.router import (
     ZeroExpertRouter,
@@ -31,6 +36,7 @@ __all__ = [
     "ZeroExpertRouter",
     "ZeroExpertTransformerConfig",
     "default_num_zero_experts",
+    "draw_zero_entries",
     "draw_zero_rows",
     "get_zero_expert_block_spec",
     "get_zero_expert_layer_spec",

@@ -87,18 +87,42 @@ def test_law_4_glm_round_trip_is_bit_equal(
 
 
 def test_injection_widens_routers_and_selection_biases(glm: Path) -> None:
-    from megatron_zeda.zero_experts.injection import draw_zero_rows
+    from megatron_zeda.zero_experts.injection import draw_zero_entries, draw_zero_rows
 
     old, new = read_tensors(glm / "static"), read_tensors(glm / "dynamic")
     for layer in (1, 2, 3):
         gate, bias = (f"model.layers.{layer}.mlp.gate.{name}" for name in ("weight", BIAS))
         rows = torch.zeros(3, 32) if layer == 3 else draw_zero_rows(old[gate], 3, seed=0, name=gate)
-        entries = torch.full((3,), NEVER_SELECTED if layer == 3 else 0.0)  # layer 3 only drafts, and stays static
+        entries = draw_zero_entries(old[bias], 3, seed=0, name=bias)
+        if layer == 3:  # it only drafts, and stays static
+            entries = torch.full((3,), NEVER_SELECTED)
         assert new[gate][EXPERTS:].equal(rows)
         assert new[bias][EXPERTS:].equal(entries)
         assert new[bias].dtype == torch.float32
         new[gate], new[bias] = new[gate][:EXPERTS].clone(), new[bias][:EXPERTS].clone()
     assert_same_bits(old, new)
+
+
+@pytest.mark.parametrize("family", [GLM, "glm4_moe"])
+def test_injection_does_not_depend_on_where_the_selection_biases_lie(tmp_path: Path, family: str) -> None:
+    """A constant on all real biases changes nothing in the static model, and so must not in the dynamic one."""
+    tensors = read_tensors(make_hf(tmp_path / "hf", family=family, num_hidden_layers=3))
+    found = {}
+    for shift in (0.0, 7.0, -7.0):
+        static, dynamic = edit_config(tmp_path / "hf", tmp_path / f"static{shift}"), tmp_path / f"dynamic{shift}"
+        shifted = {name: tensor + shift if name.endswith(BIAS) else tensor for name, tensor in tensors.items()}
+        save_file(shifted, static / "model.safetensors", metadata={"format": "pt"})
+        inject_zero_experts(static, dynamic, num_zero_experts=2)
+        model = load_hf_model(dynamic)
+        skipped: list[torch.Tensor] = []
+        for layer in model.model.layers[1:]:
+            layer.mlp.gate.register_forward_hook(lambda *call, seen=skipped: seen.append((call[2][1] == 0).sum(-1)))
+        with torch.no_grad():
+            found[shift] = (load_hf_model(static)(IDS).logits, model(IDS).logits, torch.stack(skipped))
+    assert 0.05 < float(found[0.0][2].float().mean()) / 2 < 0.8  # zero experts are chosen, and not always
+    for shift in (7.0, -7.0):
+        for here, there in zip(found[shift], found[0.0], strict=True):
+            torch.testing.assert_close(here, there, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_zeda.zero_experts import (
     ZeroExpertMLATransformerConfig,
+    draw_zero_entries,
     draw_zero_rows,
     get_zero_expert_block_spec,
     get_zero_expert_layer_spec,
@@ -162,6 +163,18 @@ def test_injected_rows_follow_the_columns(dtype: torch.dtype) -> None:
     assert ((new.std(0) / old.std(0) - 1).abs() < 5 / 90).all()
 
 
+@pytest.mark.parametrize("shift", [0.0, 7.0, -7.0])
+def test_injected_selection_biases_stand_where_the_old_ones_do(shift: float) -> None:
+    bias = 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(0)) + shift
+    entries = draw_zero_entries(bias, 4096, seed=7, name="bias")
+    assert entries.dtype == torch.float32 and entries.shape == (4096,)
+    assert abs(entries.double().mean() - bias.double().mean()) < 5 * bias.std() / 64
+    assert abs(entries.double().std() / bias.double().std() - 1) < 5 / 90
+    torch.testing.assert_close(draw_zero_entries(bias + 1, 4096, seed=7, name="bias"), entries + 1, atol=1e-5, rtol=0)
+    assert not entries.equal(draw_zero_entries(bias, 4096, seed=7, name="other"))
+    assert draw_zero_entries(torch.full((4,), 3.0), 2, seed=0, name="bias").equal(torch.full((2,), 3.0))
+
+
 def test_injection_is_seeded_by_seed_and_name_only() -> None:
     gate = torch.randn(16, 8)
     draw = lambda seed, name: draw_zero_rows(gate, 4, seed=seed, name=name)  # noqa: E731
@@ -176,12 +189,16 @@ def test_injection_is_seeded_by_seed_and_name_only() -> None:
 
 
 def test_injection_bad_input() -> None:
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="not all finite"):
         draw_zero_rows(torch.full((4, 4), float("nan")), 2, seed=0, name="gate")
     with pytest.raises(ValueError, match="2 or more"):
         draw_zero_rows(torch.zeros(1, 4), 2, seed=0, name="gate")
     with pytest.raises(ValueError, match="positive"):
         draw_zero_rows(torch.randn(4, 4), 0, seed=0, name="gate")
+    with pytest.raises(ValueError, match="2 or more"):
+        draw_zero_entries(torch.zeros(1), 2, seed=0, name="bias")
+    with pytest.raises(ValueError, match="not all finite"):
+        draw_zero_entries(torch.full((4,), float("inf")), 2, seed=0, name="bias")
 
 
 @pytest.mark.usefixtures("megatron")
