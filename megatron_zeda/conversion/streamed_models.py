@@ -73,7 +73,7 @@ def _run_hf(folder: HfFolder, config: HfConfig, ids: Tensor, dtype: torch.dtype,
     with torch.device("meta"):
         model = model_class(hf_config).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(hf_config).to(device)  # a table, not a weight
-    _set_latent_epsilon(model, config)
+    folder.family.adapt_stock_model(model, config)
     weights = _HfWeights(folder, dtype, device)
     units = {"model.embed_tokens.": model.model.embed_tokens}
     layers = {f"model.layers.{index}.": layer for index, layer in enumerate(model.model.layers)}
@@ -95,14 +95,6 @@ def _hf_class(family: Family, config: HfConfig) -> tuple[Any, Any]:
         module = importlib.import_module(f"megatron_zeda.serving.{Path(family.modeling_files[0]).stem}")
         return getattr(module, family.dynamic_architecture), hf_config
     return getattr(transformers, family.static_architecture), hf_config
-
-
-def _set_latent_epsilon(model: nn.Module, config: HfConfig) -> None:
-    """Stock transformers has an epsilon of its own in these norms; both sides of a comparison take the checkpoint's."""
-    epsilon = config.get("zeda_latent_norm_eps") or config["rms_norm_eps"]
-    for name, module in model.named_modules():
-        if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
-            module.variance_epsilon = epsilon
 
 
 class _HfWeights:

@@ -221,9 +221,18 @@ class Family(ABC):
         return []
 
     def adapt_stock_model(self, model: Any, hf_config: dict[str, Any]) -> None:  # noqa: B027
-        """Apply settings of ours to a stock ``transformers`` model, which does not read them. Most families have none.
+        """Make a ``transformers`` model compute what Megatron-Core does from the same configuration, where its code
+        has a constant of its own. Most families need nothing.
 
         Args:
-            model: of ``static_architecture``; changed in place.
+            model: of ``static_architecture`` or ``dynamic_architecture``; changed in place.
             hf_config: what it was built from.
         """
+
+    def stock_differences(self, hf_config: dict[str, Any]) -> dict[str, str]:
+        """What implementations of the stock architecture compute otherwise than this configuration says.
+
+        Returns:
+            ``"transformers"`` or ``"vLLM"`` -> a clause about it. Whoever computes the same is not in it.
+        """
+        return {}

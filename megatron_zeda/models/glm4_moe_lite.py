@@ -55,8 +55,7 @@ class Glm4MoeLite(GlmFamily):
         different defaults for the one and different keys for the other.
         """
         dynamic = super().make_dynamic(hf_config, num_zero_experts)
-        epsilon = latent_norm_eps(hf_config)
-        dynamic["zeda_latent_norm_eps"] = hf_config["rms_norm_eps"] if epsilon is None else epsilon
+        dynamic["zeda_latent_norm_eps"] = latent_norm_eps(hf_config)
         dense, layers = dense_layers(hf_config), hf_config["num_hidden_layers"]
         dynamic["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
         dynamic["first_k_dense_replace"] = dense
@@ -117,21 +116,36 @@ class Glm4MoeLite(GlmFamily):
         ]
 
     def adapt_stock_model(self, model: Any, hf_config: dict[str, Any]) -> None:
-        """Give the latent norms the epsilon of ``zeda_latent_norm_eps``; where it is missing they keep their own."""
+        """Give the latent norms the epsilon that Megatron-Core gives them, see :func:`latent_norm_eps`."""
         epsilon = latent_norm_eps(hf_config)
-        if epsilon is None:
-            return
         for layer in model.model.layers:
             layer.self_attn.q_a_layernorm.variance_epsilon = epsilon
             layer.self_attn.kv_a_layernorm.variance_epsilon = epsilon
 
+    def stock_differences(self, hf_config: dict[str, Any]) -> dict[str, str]:
+        """The epsilon of the latent norms, where an implementation of the stock architecture has another one."""
+        epsilon, stock = latent_norm_eps(hf_config), {}
+        if epsilon != TRANSFORMERS_LATENT_NORM_EPS:
+            stock["transformers"] = f"stock transformers takes {TRANSFORMERS_LATENT_NORM_EPS:g}"
+        if epsilon != hf_config["rms_norm_eps"]:
+            stock["vLLM"] = f"vLLM and SGLang take `rms_norm_eps`, {hf_config['rms_norm_eps']:g},"
+        text = "as the epsilon of the latent norms, where this model has `zeda_latent_norm_eps`,"
+        return {reader: f"{takes} {text} {epsilon:g}" for reader, takes in stock.items()}
 
-def latent_norm_eps(hf_config: dict[str, Any]) -> float | None:
-    """``zeda_latent_norm_eps``: epsilon of the two norms inside the attention; None means ``rms_norm_eps``.
 
-    Stock transformers has 1e-6 there whatever ``config.json`` says, vLLM, SGLang and Megatron-Core take
-    ``rms_norm_eps`` (1e-5 in GLM-4.7-Flash).
+TRANSFORMERS_LATENT_NORM_EPS = 1e-6
+"""What stock transformers has in the latent norms, whatever ``config.json`` says."""
+
+
+def latent_norm_eps(hf_config: dict[str, Any]) -> float:
+    """Epsilon of the two norms inside the attention: ``zeda_latent_norm_eps``, or ``rms_norm_eps`` without that key.
+
+    The one answer of everything in this project. vLLM, SGLang and Megatron-Core take ``rms_norm_eps`` there (1e-5 in
+    GLM-4.7-Flash), stock transformers :data:`TRANSFORMERS_LATENT_NORM_EPS`.
     """
-    if hf_config.get("zeda_latent_norm_eps") is None:
-        return None
-    return need_float(hf_config, "zeda_latent_norm_eps")
+    given = hf_config.get("zeda_latent_norm_eps") is not None
+    key = "zeda_latent_norm_eps" if given else "rms_norm_eps"
+    epsilon = need_float(hf_config, key)
+    if epsilon >= 1:  # as the modelling file has it
+        raise InputError(f"`{key}` is wrong", where=where_of(hf_config), value=epsilon, rule="between 0 and 1")
+    return epsilon

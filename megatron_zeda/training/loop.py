@@ -232,8 +232,6 @@ def _without_zero_experts(hf_config: dict[str, Any]) -> dict[str, Any]:
     """What Megatron-Core builds a model from, as far as teacher and student share it."""
     family = family_for(hf_config)
     values = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
-    if "latent_norm_epsilon" in values and values["latent_norm_epsilon"] is None:
-        values["latent_norm_epsilon"] = values["layernorm_epsilon"]
     own = ("num_zero_experts", "zero_expert_logit_bias", "init_method_std")
     return {name: value for name, value in values.items() if name not in own}
 

@@ -275,8 +275,8 @@ class ZeroExpertMLATransformerConfig(_ZeroExpertSettings, MLATransformerConfig):
     """``MLATransformerConfig`` with zero experts; see :class:`ZeroExpertTransformerConfig`.
 
     Raises:
-        ValueError: also for an epsilon that is not positive, and for a fused down projection, whose weights have other
-            names in a checkpoint.
+        ValueError: also for an epsilon that is not between 0 and 1, and for a fused down projection, whose weights
+            have other names in a checkpoint.
     """
 
     latent_norm_epsilon: float | None = None
@@ -284,8 +284,8 @@ class ZeroExpertMLATransformerConfig(_ZeroExpertSettings, MLATransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.latent_norm_epsilon is not None and not self.latent_norm_epsilon > 0:
-            raise ValueError(f"latent_norm_epsilon: must be positive, got {self.latent_norm_epsilon}")
+        if self.latent_norm_epsilon is not None and not 0 < self.latent_norm_epsilon < 1:
+            raise ValueError(f"latent_norm_epsilon: must be between 0 and 1, got {self.latent_norm_epsilon}")
         if self.mla_down_proj_fusion:
             raise ValueError(
                 "mla_down_proj_fusion: it saves the attention's weights under other names than checkpoints have; "

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import add_mtp, edit_config
+from checkpoints import add_mtp, edit_config, load_hf_model, make_hf, read_tensors
+from safetensors.torch import save_file
 from tiny_hf import write_lines
 
+from megatron_zeda import serving
+from megatron_zeda.conversion import inject_zero_experts
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.evaluation.evaluate import EvaluationInputs, evaluate
+from megatron_zeda.models.glm4_moe_lite import Glm4MoeLite
 from megatron_zeda.rollout import Sampling, read_rollouts, rollout
 from megatron_zeda.rollout.hf_folder import load_model
 
@@ -55,12 +60,45 @@ def test_other_tensors_that_transformers_leaves_out_are_an_error(
         load_model(tiny_glm_static, device=CPU)
 
 
-def test_a_static_model_has_the_epsilon_of_its_configuration(tmp_path: Path, tiny_glm_static: Path) -> None:
-    for said, epsilon in ((..., 1e-6), (1e-5, 1e-5), (3e-4, 3e-4)):
-        folder = edit_config(tiny_glm_static, tmp_path / str(epsilon), zeda_latent_norm_eps=said)
-        for layer in load_model(folder, device=CPU).model.layers:
-            assert layer.self_attn.q_a_layernorm.variance_epsilon == epsilon
-            assert layer.self_attn.kv_a_layernorm.variance_epsilon == epsilon
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+@pytest.mark.parametrize(("said", "epsilon"), [(..., 1e-5), (1e-6, 1e-6), (3e-4, 3e-4)])
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_a_model_has_the_epsilon_that_megatron_gives_it(
+    tmp_path: Path,
+    tiny_glm_static: Path,
+    tiny_glm_dynamic: Path,
+    kind: str,
+    said: Any,
+    epsilon: float,
+    trust_remote_code: bool,
+) -> None:
+    """The key, else ``rms_norm_eps``; but code that came with the weights (and is trusted) stays as it is."""
+    source = tiny_glm_static if kind == "static" else tiny_glm_dynamic
+    code = {"auto_map": Glm4MoeLite.auto_map} if kind == "dynamic" and trust_remote_code else {}
+    folder = edit_config(source, tmp_path / "folder", zeda_latent_norm_eps=said, **code)
+    if code:
+        for name in Glm4MoeLite.modeling_files:
+            shutil.copy(Path(serving.__file__).parent / name, folder / name)
+        epsilon = 1e-6 if said is ... else epsilon
+    for layer in load_model(folder, device=CPU, trust_remote_code=trust_remote_code).model.layers:
+        assert layer.self_attn.q_a_layernorm.variance_epsilon == epsilon
+        assert layer.self_attn.kv_a_layernorm.variance_epsilon == epsilon
+
+
+def test_a_masked_student_is_its_teacher_without_the_key(tmp_path: Path) -> None:
+    """Small latents, where an epsilon shows: the published static folder has no key, the injected one always has."""
+    hf = edit_config(make_hf(tmp_path / "hf", family="glm4_moe_lite"), tmp_path / "static", zeda_latent_norm_eps=...)
+    tensors = read_tensors(hf)
+    for name in tensors:
+        if "q_a_proj" in name or "kv_a_proj" in name:
+            tensors[name] *= 2e-3
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    inject_zero_experts(hf, tmp_path / "dynamic", num_zero_experts=2)
+    masked = edit_config(tmp_path / "dynamic", tmp_path / "masked", zeda_zero_logit_bias=float("-inf"))
+    with torch.no_grad():
+        teacher, student = (load_model(folder, device=CPU)(IDS).logits for folder in (hf, masked))
+        torch.testing.assert_close(student, teacher, atol=1e-5, rtol=0)
+        assert (load_hf_model(hf)(IDS).logits - teacher).abs().max() > 1e-2  # stock transformers: 1e-6
 
 
 def test_rollouts_and_evaluation_of_a_student(tmp_path: Path, drafting: Path) -> None:

@@ -80,7 +80,7 @@ def test_the_published_configuration() -> None:
         "rope_type": "rope",
         "rotary_base": 1e6,
         "layernorm_epsilon": 1e-5,
-        "latent_norm_epsilon": None,
+        "latent_norm_epsilon": 1e-5,  # rms_norm_eps
         "moe_layer_freq": [0] + [1] * 46,
         "moe_ffn_hidden_size": 1536,
         "moe_shared_expert_intermediate_size": 1536,
@@ -276,6 +276,8 @@ def test_a_dynamic_glm_configuration() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled rotary"),
         ({"zeda_latent_norm_eps": 0.0}, "`zeda_latent_norm_eps` is wrong"),
         ({"zeda_latent_norm_eps": "1e-6"}, "`zeda_latent_norm_eps` is wrong"),
+        ({"zeda_latent_norm_eps": 2.0}, "`zeda_latent_norm_eps` is wrong.*between 0 and 1"),
+        ({"rms_norm_eps": 1.0}, "`rms_norm_eps` is wrong.*between 0 and 1"),
         ({"first_k_dense_replace": 47}, "`first_k_dense_replace` is wrong"),
         ({"first_k_dense_replace": -1}, "`first_k_dense_replace` is wrong"),
         ({"mlp_layer_types": ["sparse"] * 47}, "disagrees with `mlp_layer_types`"),
@@ -340,7 +342,9 @@ def test_the_epsilon_of_the_latent_norms(megatron: None, tmp_path: Path) -> None
             assert layer.input_layernorm.eps == 1e-5
 
 
-@pytest.mark.parametrize(("field", "value"), [("latent_norm_epsilon", 0.0), ("mla_down_proj_fusion", True)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("latent_norm_epsilon", 0.0), ("latent_norm_epsilon", 2.0), ("mla_down_proj_fusion", True)]
+)
 def test_settings_of_latent_attention_that_are_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"Megatron-Core refuses.*{field}"):
         build_transformer_config(_config(), **{field: value})
