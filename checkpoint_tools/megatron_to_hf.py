@@ -35,6 +35,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     if result["num_zero_experts"]:
         extra = f"{result['extra_bytes']:,} bytes more than zeda" if result["extra_bytes"] else "no extra bytes"
         lines.append(f"{result['export_format']}: {extra}; what serving it saves: {result['saves']}")
+    lines += [f"{result['export_format']} is not exactly this model everywhere: {note}" for note in result["notes"]]
     return 0, result, lines
 
 

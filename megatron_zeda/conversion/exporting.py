@@ -11,7 +11,7 @@ from megatron_zeda.conversion.background import SourceHashes
 from megatron_zeda.conversion.dry_run import dry_run
 from megatron_zeda.conversion.folders import OutputFolder, files_in
 from megatron_zeda.conversion.formats import SAVES, FormatView, view_as
-from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, write_config
+from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, side_files, write_config
 from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, file_sizes, plan_files, write_hf
 from megatron_zeda.conversion.manifest import make_plan, read_manifest, versions
 from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder
@@ -54,7 +54,8 @@ def megatron_to_hf(
 
     Returns:
         A summary: iteration, format, number of tensors, of those carried beside the model, and bytes, zero experts,
-        ``extra_bytes`` (more than the ``zeda`` form has) and ``saves`` (what serving this form saves).
+        ``extra_bytes`` (more than the ``zeda`` form has), ``saves`` (what serving this form saves) and ``notes`` (what
+        stock implementations compute otherwise than the model).
 
     Raises:
         InputError: for an input that is not a complete Megatron checkpoint of a known family, an output that exists,
@@ -99,6 +100,7 @@ def _summary(source: MegatronFolder, view: FormatView, written: dict[str, Any]) 
         "num_zero_experts": zero,
         "extra_bytes": view.num_bytes - view_as(source).num_bytes,
         "saves": SAVES[view.format] if zero else "nothing: the model is static",
+        "notes": view.notes,
     }
 
 
@@ -137,6 +139,7 @@ def _trained_weight(source: MegatronFolder) -> float | None:
 
 def _source_files(source: MegatronFolder) -> dict[str, Path]:
     """Name -> file of all that the export reads, with names as in the manifest of an import."""
+    side_files(source.hf)  # refuses links that lead out of the folder, before anything is written
     weights = {f"{source.tensors.folder.name}/{path.name}": path for path in files_in(source.tensors.folder)}
     beside = {f"{HF_FOLDER}/{name}": source.hf / name for name in ("config.json", CARRIED_FILE)}
     return weights | {name: path for name, path in beside.items() if path.is_file()}

@@ -117,6 +117,11 @@ class FormatView:
         return self._source.where(self._origin(piece))
 
     @property
+    def notes(self) -> list[str]:
+        """What those who load this form compute otherwise than the model."""
+        return stock_notes(self._source.family, self.config, self.format)
+
+    @property
     def num_bytes(self) -> int:
         """Size of all tensors."""
         pieces = [piece for row in [*self.rows, *self.carried] for piece in row.pieces]
@@ -166,6 +171,18 @@ def expert_order(num_experts: int, num_zero_experts: int, *, interleave: bool) -
     real = [((index + 0.5) / num_experts, index) for index in range(num_experts)]
     zero = [((index + 0.5) / num_zero_experts, num_experts + index) for index in range(num_zero_experts)]
     return [expert for _, expert in (sorted(real + zero) if interleave else real + zero)]
+
+
+def stock_notes(family: Family, config: dict[str, Any], format: ExportFormat) -> list[str]:
+    """What those who load an export in this form compute otherwise than the model, a clause each.
+
+    Forms under the stock architecture run in code that does not read the keys of this project. ``vllm-mone`` loads in
+    vLLM only.
+    """
+    if format == "zeda":
+        return []
+    found = family.stock_differences(config)
+    return [text for reader, text in found.items() if format == "dense-zeros" or reader == "vLLM"]
 
 
 def stock_config(family: Family, config: dict[str, Any], num_experts: int) -> HfConfig:

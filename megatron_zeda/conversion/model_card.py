@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_zeda.conversion.formats import SAVES, ZEDA_OVERRIDES_FILE, ExportFormat
+from megatron_zeda.conversion.formats import SAVES, ZEDA_OVERRIDES_FILE, ExportFormat, stock_notes
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import Family
 from megatron_zeda.models.hf_config import read_json_object
@@ -146,6 +146,7 @@ def model_card(
     parts.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n")
     parts.append(_scores(metrics))
     parts.append(_serving(format if num_zero_experts else None))
+    parts += [f"Not exactly this model everywhere: {note}.\n" for note in stock_notes(family, config, format)]
     parts.append("The licence is that of the base model; its licence files, where it has any, lie beside this card.\n")
     return "\n".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -29,6 +30,7 @@ from megatron_zeda.conversion.hf_folder import HfFolder
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.models.registry import family_for
+from megatron_zeda.rollout.hf_folder import load_model
 
 IDS = torch.arange(4 * 16).reshape(4, 16) * 7 % VOCAB
 
@@ -314,6 +316,50 @@ def test_exports_compute_what_the_checkpoint_does(
         model = load_as_vllm(tmp_path / "out") if format == "vllm-mone" else load_hf_model(tmp_path / "out")
         assert (model(IDS).logits - _logits(source)).abs().max() < 1e-5
     assert list((tmp_path / "out").glob("modeling_*")) == [] or format == "zeda"
+
+
+@pytest.mark.parametrize(
+    ("said", "rms", "transformers", "vllm"),
+    [(..., 1e-5, True, False), (1e-6, 1e-5, False, True), (1e-3, 1e-5, True, True), (1e-6, 1e-6, False, False)],
+)
+def test_stock_forms_say_where_an_epsilon_differs(
+    tmp_path: Path,
+    said: Any,
+    rms: float,
+    transformers: bool,
+    vllm: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """GLM-4.7-Flash as published has no key: then ``rms_norm_eps``, and stock transformers has another constant."""
+    hf = make_hf(tmp_path / "hf", family="glm4_moe_lite", rms_norm_eps=rms)
+    static = edit_config(hf, tmp_path / "static", zeda_latent_norm_eps=said)
+    tensors = read_tensors(static)
+    for name in tensors:
+        if "q_a_proj" in name or "kv_a_proj" in name:
+            tensors[name] *= 2e-3  # small latents, where an epsilon shows
+    save_file(tensors, static / "model.safetensors", metadata={"format": "pt"})
+    inject_zero_experts(static, tmp_path / "dynamic", num_zero_experts=3)
+    hf_to_megatron(tmp_path / "dynamic", tmp_path / "megatron")
+    wanted = _logits(tmp_path / "dynamic")
+    notes = ("stock transformers takes 1e-06", f"vLLM and SGLang take `rms_norm_eps`, {rms:g},")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "checkpoint_tools")
+    tool = importlib.import_module("megatron_to_hf")
+    expected = {"zeda": (False, False), "dense-zeros": (transformers, vllm), "vllm-mone": (False, vllm)}
+    for format, those in expected.items():
+        out = tmp_path / format
+        assert tool.main(["--megatron", str(tmp_path / "megatron"), "--hf", str(out), "--format", format]) == 0
+        printed, card = capsys.readouterr().out, (out / "README.md").read_text()
+        for text, differs in zip(notes, those, strict=True):
+            assert (text in printed, text in card) == (differs, differs), (format, text)
+    stock = load_hf_model(tmp_path / "dense-zeros")
+    with torch.no_grad():
+        assert ((stock(IDS).logits - wanted).abs().max() > 1e-2) == transformers
+        load_as_megatron_does = load_model(tmp_path / "dense-zeros", device=torch.device("cpu"))
+        assert (load_as_megatron_does(IDS).logits - wanted).abs().max() < 1e-5
+        for layer in stock.model.layers:  # what vLLM takes
+            layer.self_attn.q_a_layernorm.variance_epsilon = layer.self_attn.kv_a_layernorm.variance_epsilon = rms
+        assert ((stock(IDS).logits - wanted).abs().max() > 1e-2) == vllm
 
 
 def test_a_vllm_mone_folder_is_imported_and_verified_as_what_it_holds(dynamic: Path, tmp_path: Path) -> None:
