@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_zeda.errors import ZedaError
+from megatron_zeda.errors import ZedaError, is_out_of_memory
 
 Work = Callable[[argparse.Namespace], tuple[int, dict[str, Any], list[str]]]
 
@@ -63,10 +63,13 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: list[str] | None = No
     try:
         code, result, lines = work(args)
     except ZedaError as error:
-        return _failed(str(error), error.exit_code, args.json)
+        return _failed("; ".join([str(error), *_notes(error)]), error.exit_code, args.json)
     except KeyboardInterrupt as error:
-        what_stays = getattr(error, "__notes__", None) or ["nothing was written"]
-        return _failed("; ".join(["interrupted", *what_stays]), 130, args.json)
+        return _failed("; ".join(["interrupted", *(_notes(error) or ["nothing was written"])]), 130, args.json)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _failed("; ".join(["not enough memory", *_notes(error)]), 1, args.json)
     print(json.dumps(result) if args.json else "\n".join(lines))
     return code
 
@@ -75,6 +78,11 @@ def size_of(result: dict[str, Any]) -> str:
     """Tensors and bytes of a conversion, in words."""
     carried = f" ({result['num_carried']} of them carried)" if result.get("num_carried") else ""
     return f"{result['num_tensors']} tensors{carried}, {result['num_bytes']} bytes"
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What stays of an unfinished output."""
+    return getattr(error, "__notes__", [])
 
 
 def _failed(message: str, code: int, as_json: bool) -> int:

@@ -7,6 +7,7 @@ a traceback. Programming errors keep their own exception types and their traceba
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,13 @@ class InputError(ZedaError):
     """The caller's input is wrong: a file, a key, a value or a combination (exit code 2)."""
 
     exit_code = 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. PyTorch has no exception of its own for that on a CPU."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and re.search(r"can't allocate memory|out of memory", str(error)) is not None
 
 
 @contextmanager

@@ -21,16 +21,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_zeda.errors import FULL, InputError, ZedaError, disk_errors
+from megatron_zeda.errors import FULL, InputError, ZedaError, disk_errors, is_out_of_memory
 
 MANIFEST_FILE = "zeda_manifest.json"
 _CHUNK_BYTES = 1 << 22
-_KEPT = (OSError, KeyboardInterrupt, SystemExit, MemoryError)
 _log = logging.getLogger(__name__)
 
 
 class NotEnoughSpaceError(ZedaError):
     """The disk will not hold what is still to be written. Finished files stay, so the same command continues."""
+
+
+class OutputExistsError(InputError):
+    """Something has the name of the output. Nothing is wrong with what was finished, so it stays."""
 
 
 class OutputFolder:
@@ -47,9 +50,11 @@ class OutputFolder:
     written to :attr:`partial` at any time; a run that continues finds them removed.
 
     When the block ends without an error, every file is flushed to the disk, the manifest is written with the size and
-    SHA-256 of each, and the folder is renamed into place. When it is killed, interrupted or the disk is full, finished
-    files stay, and the same plan continues with them. Any other error (wrong input, a failed verification) removes
-    everything, parents that were created for it included.
+    SHA-256 of each, and the folder is renamed into place. What says that the content of the input or of the output is
+    wrong (a :class:`ZedaError`: a bad tensor, a failed verification) removes everything, parents that were created for
+    it included. After anything else (killed, interrupted, out of space or memory, a file server that does not answer,
+    an output of this name that somebody else made) finished files stay, and the same plan continues with them; the
+    error has a note that says so.
 
     Attributes:
         path: where the folder will appear.
@@ -260,21 +265,20 @@ class OutputFolder:
         """Keep what can be continued, remove everything else, and say which."""
         if self._complete:
             return
+        keep = bool(self._records) and not _is_about_content(error)
+        if not keep:
+            self._remove()
+            self._remove_parents()
         blamed = _blamed_input(error, self.path, self.partial, self._journal)
-        if blamed is None and self._records and isinstance(error, (*_KEPT, NotEnoughSpaceError)):
-            if isinstance(error, OSError):
-                with disk_errors(self.path, more=self._what_stays()):
-                    raise error
-            if not isinstance(error, NotEnoughSpaceError):
-                error.add_note(self._what_stays().removeprefix("; "))
-            return
-        self._remove()
-        self._remove_parents()
         if blamed is not None:
+            if keep:
+                blamed.add_note(self._what_stays().removeprefix("; "))
             raise blamed from error
         if isinstance(error, OSError):
-            with disk_errors(self.path):
+            with disk_errors(self.path, more=self._what_stays() if keep else ""):
                 raise error
+        if keep and not isinstance(error, NotEnoughSpaceError):
+            error.add_note(self._what_stays().removeprefix("; "))
 
     def _what_stays(self) -> str:
         if not self._records:
@@ -316,6 +320,16 @@ def _partial_of(path: Path) -> Path:
     return path.with_name(f".{name}.partial")
 
 
+def _is_about_content(error: BaseException) -> bool:
+    """Whether an error says that data are wrong; not that the system did not give or take them, or a name is taken."""
+    if not isinstance(error, ZedaError) or isinstance(error, (NotEnoughSpaceError, OutputExistsError)):
+        return False
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return not any(isinstance(cause, (OSError, MemoryError)) or is_out_of_memory(cause) for cause in causes)
+
+
 def _blamed_input(error: BaseException, path: Path, *ours: Path) -> InputError | None:
     """For an error at a file that is neither the output nor above it: one about that file."""
     if not isinstance(error, OSError) or not isinstance(error.filename, (str, os.PathLike)):
@@ -339,7 +353,7 @@ def read_errors(path: Path) -> Iterator[None]:
 
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
-        raise InputError("the output exists", where=path, fix="remove it or choose another folder")
+        raise OutputExistsError("the output exists", where=path, fix="remove it or choose another folder")
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -93,7 +93,12 @@ class HfFolder:
         return self.reader.tensors[piece.name].file
 
     def source_files(self) -> dict[str, Path]:
-        """Name -> file: the configuration and the weights, in the order in which the table reads them."""
+        """What a conversion reads, name -> file: the configuration and the weights, in the order of the table.
+
+        Raises:
+            InputError: for a file that would travel with the weights and is a link that leads out of the folder.
+        """
+        side_files(self.path)  # before anything is written
         order = {self.reader.tensors[piece.name].file: None for piece in pieces_of(self.rows + self.carried)}
         return {path.name: path for path in (self.path / "config.json", *order)}
 
@@ -231,19 +236,30 @@ def pieces_of(rows: Iterable[WeightRow]) -> list[HfPiece]:
     return [piece for row in rows for piece in row.pieces]
 
 
-def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, chat template, generation settings and licence, if they are there; return their names."""
-    copied = []
+def side_files(source: Path) -> list[str]:
+    """Names of tokenizer, chat template, generation settings and licence, if they are there.
+
+    Raises:
+        InputError: if one is a link that leads out of the folder.
+    """
+    found = []
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            name = path.relative_to(source)
-            if not path.is_file() or path.suffix in (".py", ".pkl", ".bin", ".pt") or str(name) in copied:
+            name = str(path.relative_to(source))
+            if not path.is_file() or path.suffix in (".py", ".pkl", ".bin", ".pt") or name in found:
                 continue
             check_inside(path, source)
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / name)
-            copied.append(str(name))
-    return copied
+            found.append(name)
+    return found
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy :func:`side_files`; return their names."""
+    names = side_files(source)
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    return names
 
 
 def write_config(target: Path, config: dict[str, Any], family: Family) -> None:

@@ -17,6 +17,7 @@ import torch
 from checkpoints import make_hf, nothing_beside
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf
+from megatron_zeda.conversion.folders import OutputFolder
 from megatron_zeda.conversion.hf_folder import HfFolder, pieces_of
 from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
 from megatron_zeda.errors import InputError, ZedaError
@@ -163,3 +164,22 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     with pytest.raises(InputError, match=f"{path.name}: {name} has values that are not finite.*1 of"):
         inject_zero_experts(source, tmp_path / "out")
     assert nothing_beside(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tool", ["inject", "import", "export"])
+def test_a_tokenizer_that_leads_out_is_refused_before_a_weight_is_written(
+    tmp_path: Path, sources: dict[str, Path], tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(sources["export" if tool == "export" else "inject"], tmp_path / "source")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (source / ("hf" if tool == "export" else "") / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a conversion was started")
+
+    monkeypatch.setattr(OutputFolder, "__enter__", refuse)
+    with pytest.raises(InputError, match=r"tokenizer\.json: the file is a link that leads out"):
+        if tool == "import":
+            hf_to_megatron(source, tmp_path / "out")
+        else:
+            _convert(tool, source, tmp_path / "out")

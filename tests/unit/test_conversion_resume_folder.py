@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -9,12 +10,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import megatron_zeda.conversion.folders as folders
-from megatron_zeda.conversion.folders import MANIFEST_FILE, NotEnoughSpaceError, OutputFolder
+from megatron_zeda.conversion.folders import MANIFEST_FILE, NotEnoughSpaceError, OutputFolder, read_errors
 from megatron_zeda.errors import InputError, ZedaError
 
 PLAN = {"tool": "test", "files": {"a": [1, 2]}}
@@ -118,11 +121,66 @@ def test_a_finished_file_that_changed_is_written_again(tmp_path: Path, how: str)
 
 
 def test_wrong_input_and_failed_verification_remove_everything(tmp_path: Path) -> None:
-    for error in (InputError("wrong"), ZedaError("verification failed"), ValueError("a bug")):
+    for error in (InputError("wrong"), ZedaError("verification failed")):
         with pytest.raises(type(error)), OutputFolder(tmp_path / "new/out", plan=PLAN) as out:
             _write(out, "a")
             raise error
         assert list(tmp_path.iterdir()) == []
+
+
+def _stale(path: Path) -> None:
+    with read_errors(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def _without_memory(path: Path) -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def _bad_archive(path: Path) -> None:
+    try:
+        _without_memory(path)
+    except RuntimeError as error:
+        raise InputError("the archive cannot be read", where=path) from error
+
+
+def _bug(path: Path) -> None:
+    raise ValueError("a bug")
+
+
+def _file_is_gone(path: Path) -> None:
+    (path.parent / "gone").read_text()
+
+
+def _output_appears(path: Path) -> None:
+    path.mkdir()
+    (path / "log").write_text("of somebody else")
+
+
+@pytest.mark.parametrize("trouble", [_stale, _without_memory, _bad_archive, _bug, _file_is_gone, _output_appears])
+def test_what_is_not_the_fault_of_the_data_keeps_what_is_finished(
+    tmp_path: Path, trouble: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "out"
+    with pytest.raises((InputError, RuntimeError, ValueError)) as caught, OutputFolder(path, plan=PLAN) as out:
+        _write(out, "a")
+        trouble(path)
+    (note,) = caught.value.__notes__
+    assert "1 finished files stay in" in note and "same command continues" in note
+    if path.exists():
+        assert "the output exists" in str(caught.value)
+        path.rename(tmp_path / "elsewhere")
+    with OutputFolder(path, plan=PLAN) as out:
+        assert not _write(out, "a")
+
+
+@pytest.mark.parametrize("trouble", [_stale, _without_memory, _bug])
+def test_trouble_before_anything_is_finished_leaves_nothing(tmp_path: Path, trouble: Callable[[Path], None]) -> None:
+    with pytest.raises(Exception) as caught, OutputFolder(tmp_path / "new/out", plan=PLAN) as out:
+        (out.partial / "a").write_text("a")
+        trouble(tmp_path / "out")
+    assert not hasattr(caught.value, "__notes__")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path) -> None:
