@@ -35,12 +35,13 @@ def make_plan(tool: str, files: Mapping[str, Path], **options: Any) -> dict[str,
 
     Args:
         tool: which conversion.
-        files: name -> source file; size and time of change stand for the content.
+        files: name -> source file. Size, inode and times of change stand for the content: tools that copy keep the time
+            of modification (``rsync -t``, ``cp -p``), nothing keeps that of the inode.
         options: everything else, as JSON values.
     """
     stats = {name: path.stat() for name, path in files.items()}
-    sizes = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    return {"tool": tool, "versions": versions(), "files": sizes, "options": options}
+    found = {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for name, stat in stats.items()}
+    return {"tool": tool, "versions": versions(), "files": found, "options": options}
 
 
 def make_manifest(source: HfFolder, *, files: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

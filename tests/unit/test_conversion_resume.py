@@ -112,7 +112,7 @@ def test_a_finished_file_is_not_read_or_written_again(
     assert continued == (count() - continued) - there
 
 
-@pytest.mark.parametrize("change", ["source", "seed", "touched"])
+@pytest.mark.parametrize("change", ["source", "seed", "touched", "same size and time", "replaced"])
 def test_another_source_or_option_starts_again(
     tmp_path: Path, sources: dict[str, Path], change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,6 +129,14 @@ def test_another_source_or_option_starts_again(
     elif change == "touched":
         path = sorted(source.glob("*.safetensors"))[0]
         os.utime(path, ns=(1, 1))
+    elif change in ("same size and time", "replaced"):
+        path = sorted(source.glob("*.safetensors"))[0]
+        stat, data = path.stat(), bytearray(path.read_bytes())
+        data[-1] ^= 1
+        if change == "replaced":
+            path.rename(tmp_path / "old")
+        path.write_bytes(data)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with caplog.at_level(logging.WARNING):
         inject_zero_experts(source, tmp_path / "out", seed=seed, shard_bytes=SHARD_BYTES)
     assert "so it is discarded" in caplog.text
