@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +13,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_zeda.platform.attention import LatentNormMLASelfAttention, LocalMLASelfAttention, local_core_attention
 from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
@@ -89,11 +92,21 @@ def get_zero_expert_block_spec(
         vp_stage=vp_stage,
         pp_rank=pp_rank,
     )
-    if config.moe_layer_freq == 1:
-        for spec in block.layer_specs:
+    frequency = config.moe_layer_freq
+    for layer, spec in zip(_layers_of_stage(config, vp_stage, pp_rank), block.layer_specs, strict=True):
+        if frequency[layer] if isinstance(frequency, list) else layer % frequency == 0:
             _require_moe(spec)
     block.layer_specs = [_with_zero_experts(spec, config, use_transformer_engine) for spec in block.layer_specs]
     return block
+
+
+def _layers_of_stage(config: ZeroExpertTransformerConfig, vp_stage: int | None, pp_rank: int | None) -> Sequence[int]:
+    """Which layers of the model a stage has, from 0, as ``get_gpt_decoder_block_spec`` deals them out."""
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank))
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
 
 
 def _is_moe(spec: ModuleSpec) -> bool:

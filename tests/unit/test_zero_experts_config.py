@@ -233,6 +233,10 @@ def test_an_unknown_form_of_spec_is_not_silently_static(monkeypatch: pytest.Monk
     monkeypatch.setattr(gpt_layer_specs, "get_gpt_layer_local_spec", older_form)
     with pytest.raises(RuntimeError, match="another way"):
         get_zero_expert_layer_spec(layer_config())
+    for frequency in ([0, 0, 1], 2):  # models with dense layers, too
+        config = layer_config(num_layers=3, moe_layer_freq=frequency)
+        with pytest.raises(RuntimeError, match="another way"):
+            get_zero_expert_block_spec(config, pp_rank=0)
 
 
 # What a configuration can ask of Transformer Engine's layer spec, each away from its default.
