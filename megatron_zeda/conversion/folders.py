@@ -84,12 +84,12 @@ class OutputFolder:
         self._checked: set[str] = set()
         self._created: list[Path] = []
         self._lock = -1
-        self._fresh = self._complete = False
+        self._fresh = self._renaming = self._complete = False
 
     def __enter__(self) -> Self:
         with disk_errors(self.path):
             if self.path.exists() and not self.partial.exists():
-                self._journal.unlink(missing_ok=True)  # of a run that was killed when all was done
+                self._remove_stale_journal()
             _refuse_existing(self.path)
             self._created = [parent for parent in self.path.parents if not parent.exists()]
             try:
@@ -199,6 +199,17 @@ class OutputFolder:
                     return
             os.close(descriptor)
 
+    def _remove_stale_journal(self) -> None:
+        """Of a run that was killed when all was done. One that is just ending removes its journal itself."""
+        with suppress(FileNotFoundError):
+            descriptor = os.open(self._journal, os.O_RDWR)
+            try:
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._journal.unlink()
+            finally:
+                os.close(descriptor)
+
     def _release(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
@@ -256,19 +267,24 @@ class OutputFolder:
         for folder in (self.partial, *(path for path in self.partial.rglob("*") if path.is_dir())):
             _flush_folder(folder)
         _refuse_existing(self.path)
+        self._renaming = True  # an interruption may come between the next two lines
         os.replace(self.partial, self.path)
         self._complete = True
         _flush_folder(self.path.parent)
-        self._journal.unlink()
+        self._journal.unlink(missing_ok=True)
 
     def _fail(self, error: BaseException) -> None:
         """Keep what can be continued, remove everything else, and say which."""
-        if self._complete:
+        if self._complete or (self._renaming and not self.partial.exists()):
+            self._journal.unlink(missing_ok=True)
+            error.add_note(f"the output is complete: {self.path}")
             return
         keep = bool(self._records) and not _is_about_content(error)
         if not keep:
             self._remove()
             self._remove_parents()
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note("nothing was written")
         blamed = _blamed_input(error, self.path, self.partial, self._journal)
         if blamed is not None:
             if keep:

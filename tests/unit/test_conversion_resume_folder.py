@@ -226,6 +226,30 @@ def test_a_run_killed_after_the_rename_leaves_only_a_journal_that_goes(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_second_start_while_the_first_one_ends_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush_folder = folders._flush_folder
+
+    def second_start(path: Path) -> None:
+        flush_folder(path)
+        if (tmp_path / "out").exists():
+            code = (
+                "import sys\n"
+                "from megatron_zeda.conversion.folders import OutputFolder\n"
+                "OutputFolder(sys.argv[1], plan={}).__enter__()\n"
+            )
+            command = [sys.executable, "-c", code, str(tmp_path / "out")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert "the output exists" in done.stderr
+            assert (tmp_path / ".out.partial.journal").exists()
+
+    monkeypatch.setattr(folders, "_flush_folder", second_start)
+    with OutputFolder(tmp_path / "out", plan=PLAN) as out:
+        _write(out, "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_long_names_do_not_share_a_partial_folder(tmp_path: Path) -> None:
     one, two = (OutputFolder(tmp_path / ("n" * 254 + end), plan=PLAN) for end in "ab")
     assert one.partial != two.partial
@@ -251,7 +275,7 @@ def test_an_interruption_after_the_rename_does_not_speak_of_a_partial_folder(
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught, OutputFolder(tmp_path / "out", plan=PLAN) as out:
         _write(out, "a")
-    assert not hasattr(caught.value, "__notes__")
+    assert caught.value.__notes__ == [f"the output is complete: {tmp_path / 'out'}"]
     assert (tmp_path / "out/a").read_text() == "text"
 
 
