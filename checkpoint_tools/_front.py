@@ -19,6 +19,10 @@ from megatron_zeda.errors import ZedaError, is_out_of_memory
 Work = Callable[[argparse.Namespace], tuple[int, dict[str, Any], list[str]]]
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: ``kill``, or the time limit of a scheduler."""
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options every tool has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -54,7 +58,7 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: list[str] | None = No
         argv: command line, by default the process's.
 
     Returns:
-        0 done, 1 failed (or checkpoints differ), 2 wrong input.
+        0 done, 1 failed (or checkpoints differ), 2 wrong input, 130 interrupted, 143 terminated.
     """
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")  # libraries announcing which optional kernels this machine lacks
@@ -65,7 +69,12 @@ def run(parser: argparse.ArgumentParser, work: Work, argv: list[str] | None = No
     except ZedaError as error:
         return _failed("; ".join([str(error), *_notes(error)]), error.exit_code, args.json)
     except KeyboardInterrupt as error:
-        return _failed("; ".join(["interrupted", *(_notes(error) or ["nothing was written"])]), 130, args.json)
+        code = 143 if isinstance(error, _Terminated) else 130  # as shells and schedulers expect of the signals
+        return _failed("; ".join(["interrupted", *_notes(error)]), code, args.json)
+    except OSError as error:  # of a kind that nobody below knows
+        where = f"{error.filename}: " if error.filename else ""
+        said = f"{where}the system failed ({error.strerror or error})"
+        return _failed("; ".join([said, *_notes(error)]), 1, args.json)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -81,7 +90,7 @@ def size_of(result: dict[str, Any]) -> str:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What stays of an unfinished output."""
+    """What stays of an unfinished output, or that the output is complete."""
     return getattr(error, "__notes__", [])
 
 
@@ -94,4 +103,4 @@ def _failed(message: str, code: int, as_json: bool) -> int:
 
 def _terminate(number: int, frame: object) -> NoReturn:
     # An exception, so that the way out is the one of an interruption: finished files stay, anything else goes.
-    raise KeyboardInterrupt
+    raise _Terminated

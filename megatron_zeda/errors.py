@@ -20,6 +20,8 @@ FULL = {
     errno.EFBIG: "a file is larger than this disk or a limit of this process allows",
 }
 """What the system says when it takes no more bytes."""
+BROKEN = (errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EMFILE, errno.ENFILE)
+"""What the system says when a disk or a file server fails, or when too many files are open."""
 
 
 class ZedaError(Exception):
@@ -70,7 +72,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def disk_errors(where: str | Path, *, more: str = "") -> Iterator[None]:
-    """Turn a full disk or a missing permission under ``where`` into one clear :class:`ZedaError`.
+    """Turn a full disk, a missing permission or a broken disk under ``where`` into one clear :class:`ZedaError`.
 
     ``more`` is added to what the message says can be done.
     """
@@ -84,4 +86,7 @@ def disk_errors(where: str | Path, *, more: str = "") -> Iterator[None]:
             raise ZedaError(f"no access ({error.strerror})", where=place, fix=f"check the permissions{more}") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise InputError(f"not a usable path ({error.strerror})", where=where, fix="choose another path") from error
+        if error.errno in BROKEN:
+            place = error.filename or where
+            raise ZedaError(f"the system failed ({error.strerror})", where=place, fix=f"try again{more}") from error
         raise

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_zeda.conversion.folders import read_errors
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, present_carried
 from megatron_zeda.conversion.manifest import read_manifest
 from megatron_zeda.conversion.megatron_keys import StoredBlock, find_block
@@ -68,7 +69,8 @@ def latest_checkpoint_dir(folder: str | Path) -> Path:
     path = Path(folder) / TRACKER
     if not path.is_file():
         raise InputError("no such file", where=path, rule="a Megatron checkpoint folder has one", fix="check the path")
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    with read_errors(path):
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text != RELEASE and not re.fullmatch(r"\d{1,18}", text):
         raise InputError("not an iteration number", where=path, value=text[:80], rule=f"a number or `{RELEASE}`")
     found = Path(folder) / RELEASE if text == RELEASE else iteration_dir(folder, int(text))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from megatron_zeda.conversion.folders import read_errors
 from megatron_zeda.errors import InputError, ZedaError
 
 _DTYPES = frozenset(("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
@@ -154,7 +155,7 @@ def read_metadata(iteration_dir: Path) -> Metadata:
         raise InputError(
             "no such file", where=path, rule="a complete torch_dist checkpoint has one", fix="check the folder"
         )
-    with path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
         metadata = _load(AllowListUnpickler(file, METADATA_GLOBALS, path), path)
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise InputError("not the metadata of a torch_dist checkpoint", where=path)
@@ -178,12 +179,17 @@ def check_pickles(iteration_dir: str | Path) -> Metadata:
         if not isinstance(entry, BytesStorageMetadata):
             raise InputError("an entry has no type", where=iteration_dir / ".metadata", value=index.fqn)
         path = iteration_dir / info.relative_path
-        with path.open("rb") as file:
+        with read_errors(path), path.open("rb") as file:
             file.seek(info.offset)
-            _check_torch_file(file.read(info.length), f"{path} ({index.fqn})")
-    for path in sorted(iteration_dir.iterdir()):
+            data = file.read(info.length)
+        _check_torch_file(data, f"{path} ({index.fqn})")
+    with read_errors(iteration_dir):
+        paths = sorted(iteration_dir.iterdir())
+    for path in paths:
         if path.suffix in (".pt", ".pth"):
-            _check_torch_file(path.read_bytes(), path)
+            with read_errors(path):
+                data = path.read_bytes()
+            _check_torch_file(data, path)
         elif path.suffix in (".pkl", ".pickle"):
             raise ZedaError("a pickle that no checkpoint needs", where=path, fix="remove it")
     return metadata
@@ -223,7 +229,11 @@ def _check_files(metadata: Metadata, folder: Path) -> None:
             if Path(name).name != name or name in ("", ".", ".."):
                 raise InputError("the metadata names a file outside the folder", where=folder / ".metadata", value=name)
             path = folder / name
-            if path.is_symlink() or not path.is_file():
+            if path.is_symlink():
+                raise InputError(
+                    "a data file is a link", where=path, rule="links are not followed", fix="copy the file"
+                )
+            if not path.is_file():
                 raise InputError("a data file is missing", where=path, rule="named by .metadata", fix="copy it again")
             sizes[name] = path.stat().st_size
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 TOOLS = Path(__file__).resolve().parents[2] / "checkpoint_tools"
 NAMES = ("inject_zero_experts", "hf_to_megatron", "megatron_to_hf", "verify_checkpoint")
@@ -167,6 +169,69 @@ def _broken_disk(*args: Any) -> int:
     raise OSError(errno.EIO, "Input/output error")
 
 
+@pytest.mark.parametrize("file", ["latest_checkpointed_iteration.txt", ".metadata", "__1_0.distcp", "__0_0.distcp"])
+def test_a_megatron_file_that_cannot_be_read_is_named(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    static: Path,
+    file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tmp_path / "megatron"
+    assert tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(source)]) == 0
+    capsys.readouterr()
+    (path,) = source.rglob(file)
+    real = io.open
+
+    def denied(name: Any, *args: Any, **options: Any) -> Any:
+        if name == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(io, "open", denied)
+    monkeypatch.setattr("builtins.open", denied)
+    line = _error(tools["megatron_to_hf"], _arguments("megatron_to_hf", str(source), str(tmp_path / "out")), capsys)
+    assert line.startswith(f"error: {path}: cannot be read (Permission denied)")
+    assert not any("out" in path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENXIO])
+def test_an_output_that_cannot_be_written_is_one_line(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    static: Path,
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    assert tools["inject_zero_experts"].main(_arguments("inject_zero_experts", str(static), str(tmp_path / "out"))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the system failed" in line and os.strerror(number) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_enough_memory_is_one_line(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    static: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
+
+    def too_much(*args: Any, **options: Any) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(SafetensorsWriter, "write", too_much)
+    assert tools["inject_zero_experts"].main(_arguments("inject_zero_experts", str(static), str(tmp_path / "out"))) == 1
+    assert capsys.readouterr().err == "error: not enough memory\n"
+
+
 def test_failure_is_exit_1(
     tools: dict[str, ModuleType], tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +241,11 @@ def test_failure_is_exit_1(
 
 
 def test_a_terminated_run_leaves_nothing(
-    tools: dict[str, ModuleType], tmp_path: Path, static: Path, monkeypatch: pytest.MonkeyPatch
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    static: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What ``kill`` or a Slurm time limit does, in the middle of writing."""
     from megatron_zeda.conversion.safetensors_io import SafetensorsWriter
@@ -190,7 +259,8 @@ def test_a_terminated_run_leaves_nothing(
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(SafetensorsWriter, "write", write)
-    assert tools["inject_zero_experts"].main(["--input", str(static), "--output", str(tmp_path / "out")]) == 130
+    assert tools["inject_zero_experts"].main(["--input", str(static), "--output", str(tmp_path / "out")]) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,12 +283,43 @@ def test_a_terminated_run_says_what_stays_and_continues(
 
     with monkeypatch.context() as patch:
         patch.setattr(SafetensorsWriter, "write", terminated)
-        assert tools["inject_zero_experts"].main(arguments) == 130
+        assert tools["inject_zero_experts"].main(arguments) == 143
     line = capsys.readouterr().err.splitlines()[-1]  # importing PyTorch may have warned before
     assert line.startswith("error: interrupted; ") and line.endswith("and the same command continues with them")
     assert tools["inject_zero_experts"].main(arguments) == 0
     assert "verified" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize("after", ["the rename", "the flush"])
+def test_a_run_terminated_when_all_is_done_says_that_it_is(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    static: Path,
+    name: str,
+    after: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A script that believed otherwise would start again, or delete a good checkpoint."""
+    from megatron_zeda.conversion import folders
+
+    out = tmp_path / "out"
+    module, call = (os, "replace") if after == "the rename" else (folders, "_flush_folder")
+    real = getattr(module, call)
+
+    def terminated(*args: Any) -> None:
+        real(*args)
+        if out.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, call, terminated)
+        assert tools[name].main(_arguments(name, str(static), str(out))) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: interrupted; the output is complete: {out}"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tools["verify_checkpoint"].main([str(out), str(out)]) == 0
 
 
 def test_runs_as_a_plain_script_from_anywhere(tmp_path: Path, static: Path) -> None:
