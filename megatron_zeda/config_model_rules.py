@@ -77,6 +77,7 @@ def _context_exchanges(config: Config) -> list[Any]:
 def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
     """What depends on the model's ``config.json``."""
     from megatron_zeda.models import family_for
+    from megatron_zeda.models.parallel_sizes import not_divided, uneven_key_value_heads
 
     model = config.model
     try:
@@ -87,29 +88,12 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
         yield Problem("family", ("model.hf",), str(error))
         return
     tp = model.tensor_model_parallel_size
-    divisions = [
-        ("num_moe_experts", "experts", "expert_model"),
-        ("num_attention_heads", "attention heads", "tensor_model"),
-        ("vocab_size", "tokens of the vocabulary", "tensor_model"),
-        ("moe_ffn_hidden_size", "units of an expert", "expert_tensor"),
-        ("moe_shared_expert_intermediate_size", "units of the shared experts", "tensor_model"),
-    ]
-    if _has_dense_layers(shape):
-        divisions.append(("ffn_hidden_size", "units of a dense layer", "tensor_model"))
-    for name, noun, kind in divisions:
-        size = getattr(model, f"{kind}_parallel_size")
-        if (shape.get(name) or 0) % size:
-            message = f"{size} does not divide the model's {shape[name]} {noun}"
-            yield Problem("divisors", (f"model.{kind}_parallel_size",), message, "use a divisor of that number")
+    for misfit in not_divided(shape, vars(model)):
+        yield Problem("divisors", (f"model.{misfit.name}",), misfit.text, "use a divisor of that number")
     yield from layer_problems(config, shape["num_layers"])
+    for misfit in uneven_key_value_heads(shape, tp):
+        yield Problem("kv_heads", (f"model.{misfit.name}",), misfit.text, "use one that is")
     groups = shape.get("num_query_groups", shape["num_attention_heads"])  # latent attention has a key for each head
-    if "num_query_groups" in shape and groups % tp and tp % groups:
-        yield Problem(
-            "kv_heads",
-            ("model.tensor_model_parallel_size",),
-            f"{tp} is neither a multiple nor a divisor of the model's {groups} key-value heads",
-            "use one that is",
-        )
     context = model.context_parallel_size
     heads, groups = shape["num_attention_heads"] // tp, max(1, groups // tp)
     if "a2a" in _context_exchanges(config) and (heads % context or groups % context):
@@ -134,11 +118,6 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
     yield from joint_problems(config, hf_config, shape)
 
 
-def _has_dense_layers(shape: Mapping[str, Any]) -> bool:
-    pattern = shape.get("moe_layer_freq", 1)
-    return 0 in pattern if isinstance(pattern, list) else pattern != 1
-
-
 def _fp8_shape(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
     """Widths that FP8 GEMMs do not take, of one rank's part; Transformer Engine would end the first step."""
     model = config.model
@@ -160,6 +139,8 @@ def _linear_widths(config: Config, shape: Mapping[str, Any]) -> Iterator[tuple[s
     Yields:
         Its name, its width over all ranks, and the parallel size that splits it (None: every rank has all of it).
     """
+    from megatron_zeda.models.parallel_sizes import has_dense_layers
+
     tensor, expert = "tensor_model_parallel_size", "expert_tensor_parallel_size"
     heads = shape["num_attention_heads"]
     if shape.get("kv_lora_rank") is None:
@@ -179,7 +160,7 @@ def _linear_widths(config: Config, shape: Mapping[str, Any]) -> Iterator[tuple[s
     yield "units of an expert", shape["moe_ffn_hidden_size"], expert
     if shape.get("moe_shared_expert_intermediate_size"):
         yield "units of the shared experts", shape["moe_shared_expert_intermediate_size"], tensor
-    if _has_dense_layers(shape):
+    if has_dense_layers(shape):
         yield "units of a dense layer", shape["ffn_hidden_size"], tensor
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_zeda import platform
 from megatron_zeda.errors import InputError
 from megatron_zeda.models.hf_config import where_of
+from megatron_zeda.models.parallel_sizes import not_divided, uneven_key_value_heads
 from megatron_zeda.models.registry import family_for
 
 
@@ -104,25 +105,25 @@ def parallel_problems(
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
 ) -> list[str]:
-    """One line for every parallel size that is not one, and for every size of the model that one does not divide."""
-    family = family_for(hf_config)
-    values = family.transformer_config_kwargs(hf_config)
-    expert_tp = tensor_model_parallel_size if expert_tensor_parallel_size is None else expert_tensor_parallel_size
-    tp = ("tensor_model_parallel_size", tensor_model_parallel_size)
-    ep = ("expert_model_parallel_size", expert_model_parallel_size)
-    sizes = [tp, ep]
+    """One line for every parallel size that is not one, and for every size of the model that one does not fit."""
+    sizes = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "expert_model_parallel_size": expert_model_parallel_size,
+    }
     if expert_tensor_parallel_size is not None:
-        sizes.append(("expert_tensor_parallel_size", expert_tensor_parallel_size))
-    wrong = [f"{name} {size!r} is not a positive integer" for name, size in sizes if type(size) is not int or size < 1]
+        sizes["expert_tensor_parallel_size"] = expert_tensor_parallel_size
+    wrong = [
+        f"{name} {size!r} is not a positive integer"
+        for name, size in sizes.items()
+        if type(size) is not int or size < 1
+    ]
     if wrong:
         return wrong
-    checks = [
-        ("num_attention_heads", values["num_attention_heads"], *tp),
-        ("vocab_size", family.gpt_model_kwargs(hf_config)["vocab_size"], *tp),
-        ("number of experts", values["num_moe_experts"], *ep),
-        ("moe_intermediate_size", values["moe_ffn_hidden_size"], "expert_tensor_parallel_size", expert_tp),
-    ]
-    return [f"{what} {size} is not divisible by {name} {by}" for what, size, name, by in checks if size % by]
+    sizes.setdefault("expert_tensor_parallel_size", tensor_model_parallel_size)
+    family = family_for(hf_config)
+    shape = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
+    misfits = [*not_divided(shape, sizes), *uneven_key_value_heads(shape, tensor_model_parallel_size)]
+    return [f"{misfit.name} {misfit.text}" for misfit in misfits]
 
 
 def build_gpt_model(

@@ -12,7 +12,7 @@ import torch
 from checkpoints import make_hf, megatron_model
 
 from megatron_zeda.errors import InputError
-from megatron_zeda.models import HfConfig, build_transformer_config, family_for, load_hf_config
+from megatron_zeda.models import HfConfig, build_transformer_config, family_for, load_hf_config, parallel_problems
 from megatron_zeda.models.glm import dense_layers
 from megatron_zeda.models.rows import NEVER_SELECTED
 
@@ -203,6 +203,24 @@ def test_dense_layers_in_either_spelling(changes: dict[str, Any], expected: int)
     dynamic = family_for(config).make_dynamic(config, 4)
     assert dynamic["mlp_layer_types"] == ["dense"] * expected + ["sparse"] * (4 - expected)
     assert dynamic["first_k_dense_replace"] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensor", "rest"),
+    [
+        ({}, 5, ["1536 units of the shared experts"]),
+        ({"intermediate_size": 10241}, 2, ["10241 units of a dense layer"]),
+        ({"intermediate_size": 10241, "first_k_dense_replace": 0}, 2, []),
+    ],
+)
+def test_parallel_sizes_that_do_not_fit(changes: dict[str, Any], tensor: int, rest: list[str]) -> None:
+    """The builder refuses what the trainer does, and not Megatron-Core's bare assertion inside the model."""
+    sizes = {"tensor_model_parallel_size": tensor, "expert_tensor_parallel_size": 1}
+    wanted = [f"tensor_model_parallel_size {tensor} does not divide the model's {what}" for what in rest]
+    assert parallel_problems(_config(**changes), **sizes) == wanted
+    if wanted:
+        with pytest.raises(InputError, match=wanted[0]):
+            build_transformer_config(_config(**changes), sequence_parallel=True, **sizes)
 
 
 def test_a_dynamic_glm_configuration() -> None:

@@ -240,11 +240,15 @@ def test_both_spellings_of_minus_infinity(tmp_path: Path, written: str) -> None:
 
 def test_layouts_that_do_not_divide_are_named_all_at_once() -> None:
     problems = parallel_problems(_config(), tensor_model_parallel_size=5, expert_model_parallel_size=3)
-    assert len(problems) == 4
-    assert "number of experts 128 is not divisible by expert_model_parallel_size 3" in problems
-    assert "vocab_size 151936 is not divisible by tensor_model_parallel_size 5" in problems
+    assert problems == [
+        "expert_model_parallel_size 3 does not divide the model's 128 experts",
+        "tensor_model_parallel_size 5 does not divide the model's 32 attention heads",
+        "tensor_model_parallel_size 5 does not divide the model's 151936 tokens of the vocabulary",
+        "expert_tensor_parallel_size 5 does not divide the model's 768 units of an expert",
+        "tensor_model_parallel_size 5 is neither a multiple nor a divisor of the model's 4 key-value heads",
+    ]
     assert parallel_problems(_config(), tensor_model_parallel_size=4, expert_model_parallel_size=8) == []
-    with pytest.raises(InputError, match=r"num_attention_heads 32 .*; .*expert_model_parallel_size 3"):
+    with pytest.raises(InputError, match=r"expert_model_parallel_size 3 .*; .*32 attention heads"):
         build_transformer_config(_config(), tensor_model_parallel_size=5, expert_model_parallel_size=3)
 
 
