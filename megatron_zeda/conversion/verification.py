@@ -11,8 +11,12 @@ import torch
 from megatron_zeda.conversion.hf_folder import HfFolder, pieces_of
 from megatron_zeda.conversion.megatron_io import MegatronFolder, is_megatron_folder
 from megatron_zeda.conversion.progress import progress
+from megatron_zeda.conversion.safetensors_io import bytes_of
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.models import HfPiece, WeightRow
+
+_CHUNK_VALUES = 1 << 22
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Source(Protocol):
@@ -90,10 +94,15 @@ def require_equal(first: Source, second: Source, where: Path) -> None:
 
 
 def _different_values(one: torch.Tensor, two: torch.Tensor) -> int:
-    """Number of elements whose bits differ (so NaN equals the same NaN, and 0 is not -0)."""
-    width = one.dtype.itemsize
-    bits = [tensor.contiguous().reshape(-1, 1).view(torch.uint8).reshape(-1, width) for tensor in (one, two)]
-    return int((bits[0] != bits[1]).any(dim=1).sum())
+    """Number of elements whose bits differ (so NaN equals the same NaN, and 0 is not -0).
+
+    Comparing makes no copy of a tensor, counting works on a piece at a time.
+    """
+    one, two = one.contiguous(), two.contiguous()
+    if bytes_of(one) == bytes_of(two):
+        return 0
+    bits = [tensor.reshape(-1).view(_INTEGERS[tensor.dtype.itemsize]).split(_CHUNK_VALUES) for tensor in (one, two)]
+    return sum(int((left != right).sum()) for left, right in zip(*bits, strict=True))
 
 
 def open_checkpoint(path: str | Path, hf_config: str | Path | None = None) -> HfFolder | MegatronFolder:
