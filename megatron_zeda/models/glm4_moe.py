@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from megatron_zeda.errors import InputError
 from megatron_zeda.models.base import HfPiece, Packing, WeightRow
 from megatron_zeda.models.glm import GlmFamily
-from megatron_zeda.models.hf_config import need_bool, need_float, need_int, rope_theta, where_of
+from megatron_zeda.models.hf_config import HfConfig, need_bool, need_float, need_int, rope_theta, where_of
 from megatron_zeda.models.rows import row, tied
 
 
@@ -110,8 +110,9 @@ def rotary_factor(hf_config: dict[str, Any]) -> float:
     if hf_config.get("partial_rotary_factor") is not None:
         return need_float(hf_config, "partial_rotary_factor")
     parameters = hf_config.get("rope_parameters")
-    if isinstance(parameters, dict) and isinstance(parameters.get("partial_rotary_factor"), float | int):
-        return float(parameters["partial_rotary_factor"])
+    if isinstance(parameters, dict) and parameters.get("partial_rotary_factor") is not None:
+        inner = HfConfig(parameters, where=f"{where_of(hf_config)}: rope_parameters")
+        return need_float(inner, "partial_rotary_factor")
     raise InputError("`partial_rotary_factor` is missing", where=where_of(hf_config), rule="0.5 in published models")
 
 

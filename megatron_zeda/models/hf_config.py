@@ -106,7 +106,14 @@ def rope_theta(hf_config: dict[str, Any], *, rotary_factor: float = 1.0) -> floa
         if not isinstance(parameters, dict):
             raise InputError(f"`{key}` is wrong", where=where, value=parameters, rule="an object or null")
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default" or parameters.get("partial_rotary_factor", rotary_factor) != rotary_factor:
+        if parameters.get("partial_rotary_factor", rotary_factor) != rotary_factor:
+            raise InputError(
+                f"`partial_rotary_factor` in `{key}` is wrong",
+                where=where,
+                value=parameters["partial_rotary_factor"],
+                rule=f"{rotary_factor:g}, the part of a head that rotates in this model",
+            )
+        if kind != "default":
             raise InputError(
                 f"`{key}` asks for scaled rotary embeddings",
                 where=where,

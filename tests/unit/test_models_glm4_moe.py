@@ -115,7 +115,20 @@ def test_the_table_has_the_names_of_stock_transformers(layout: Any, norm: bool, 
         ({"attention_bias": 1}, "`attention_bias` is wrong"),
         ({"partial_rotary_factor": 0.3}, "`partial_rotary_factor` is wrong"),
         ({"partial_rotary_factor": 1.5}, "`partial_rotary_factor` is wrong"),
-        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}, "scaled rotary"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.25}},
+            "in `rope_parameters` is wrong.*0.5, the",
+        ),
+        *[
+            ({"partial_rotary_factor": ..., "rope_parameters": {"rope_theta": 1e6, **factor}}, match)
+            for factor, match in (
+                ({"partial_rotary_factor": 0}, "rope_parameters: `partial_rotary_factor` is wrong"),
+                ({"partial_rotary_factor": -0.5}, "rope_parameters: `partial_rotary_factor` is wrong"),
+                ({"partial_rotary_factor": True}, "rope_parameters: `partial_rotary_factor` is wrong"),
+                ({"partial_rotary_factor": 1.5}, "config.json: `partial_rotary_factor` is wrong"),
+                ({}, "`partial_rotary_factor` is missing"),
+            )
+        ],
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled rotary"),
         ({"first_k_dense_replace": ..., "mlp_layer_types": ["dense"] + ["sparse"] * 45}, "`first_k_dense_replace`"),
         ({"n_group": 8}, "`n_group`"),
