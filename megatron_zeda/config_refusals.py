@@ -298,7 +298,8 @@ OVERRIDE_REFUSALS = {
     "fp8_multi_head_attention": "attention in FP8 keeps scales of earlier passes, which checkpoints do not hold",
     "fp4": "batches are not aligned to what FP4 GEMMs take",
     "cache_mla_latents": "it serves Megatron-Core's inference engine, and the first training step would fail",
-    "mla_down_proj_fusion": "its attention gives the latent norms the epsilon of all others, whatever the model says",
+    "mla_down_proj_fusion": "its attention gives the latent norms the epsilon of all others, and saves weights under "
+    "other names than checkpoints have",
     "hierarchical_context_parallel_sizes": "the trainer creates one group for context parallelism",
     "hybrid_context_parallel": "all packs of a step are split over the whole context-parallel group",
     "moe_expert_capacity_factor": _NOT_EXPORTED,

@@ -288,7 +288,7 @@ class ZeroExpertMLATransformerConfig(_ZeroExpertSettings, MLATransformerConfig):
             raise ValueError(f"latent_norm_epsilon: must be between 0 and 1, got {self.latent_norm_epsilon}")
         if self.mla_down_proj_fusion:
             raise ValueError(
-                "mla_down_proj_fusion: it saves the attention's weights under other names than checkpoints have; "
-                "leave it off"
+                "mla_down_proj_fusion: its attention gives the latent norms the epsilon of all others, and saves "
+                "weights under other names than checkpoints have; leave it off"
             )
         self._refuse_unsupported()

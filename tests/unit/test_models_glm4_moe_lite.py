@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import make_hf, megatron_model
 
+from megatron_zeda.config_refusals import OVERRIDE_REFUSALS
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import HfConfig, build_transformer_config, family_for, load_hf_config, parallel_problems
 from megatron_zeda.models.glm import dense_layers
@@ -366,3 +367,9 @@ def test_the_epsilon_of_the_latent_norms(megatron: None, tmp_path: Path) -> None
 def test_settings_of_latent_attention_that_are_refused(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"Megatron-Core refuses.*{field}"):
         build_transformer_config(_config(), **{field: value})
+
+
+def test_the_trainer_and_the_library_refuse_the_fusion_for_the_same_reasons() -> None:
+    with pytest.raises(InputError) as caught:
+        build_transformer_config(_config(), mla_down_proj_fusion=True)
+    assert OVERRIDE_REFUSALS["mla_down_proj_fusion"] in str(caught.value)
