@@ -1,15 +1,16 @@
-"""What runs beside a conversion: flushing and verifying finished files, hashing the source. Threads, one each."""
+"""What runs beside a conversion: verifying finished files, hashing the source. One thread each."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 from megatron_zeda.conversion.folders import OutputFolder, read_errors
 from megatron_zeda.errors import InputError
@@ -29,21 +30,7 @@ class Verifier:
     def __init__(self, out: OutputFolder) -> None:
         self._out = out
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verify")
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")
-        self._flushes: list[Future[None]] = []
         self._pending: tuple[str, Future[str], dict[str, Any]] | None = None
-
-    def flush(self, descriptor: int) -> None:
-        """Start to bring what was written of an open file to the disk, so that the end has less to wait for."""
-        copy = os.dup(descriptor)  # the file may be closed before its turn comes
-
-        def work() -> None:
-            try:
-                os.fdatasync(copy)
-            finally:
-                os.close(copy)
-
-        self._flushes.append(self._flusher.submit(work))
 
     def submit(self, file: str, check: Callable[[], str], **record: Any) -> None:
         """Verify a closed file. Waits for the one before, so that at most two are unfinished.
@@ -56,15 +43,15 @@ class Verifier:
 
     def wait(self) -> None:
         """Wait for everything, and put a verified file into the journal."""
-        for flush in self._flushes:
-            flush.result()
-        self._flushes.clear()
         if self._pending is not None:
             file, future, record = self._pending
             self._out.finish_file(file, sha256=future.result(), **record)
             self._pending = None
 
     def __enter__(self) -> Self:
+        # The threads of a conversion keep the processors busy; more of torch's would only wait for each other.
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         return self
 
     def __exit__(
@@ -74,14 +61,13 @@ class Verifier:
             if kind is None:
                 self.wait()
         finally:
-            self._flusher.shutdown()
             self._thread.shutdown()
+            torch.set_num_threads(self._torch_threads)
         if kind is not None and self._is_verified():
             self.wait()  # the file before the one that could not be written need not be written again
 
     def _is_verified(self) -> bool:
-        flushed = all(future.exception() is None for future in self._flushes)
-        return flushed and (self._pending is None or self._pending[1].exception() is None)
+        return self._pending is None or self._pending[1].exception() is None
 
 
 class SourceHashes:

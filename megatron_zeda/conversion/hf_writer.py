@@ -25,9 +25,8 @@ from megatron_zeda.conversion.safetensors_io import (
 from megatron_zeda.conversion.verification import Source
 from megatron_zeda.models import HfPiece
 
-DEFAULT_SHARD_BYTES = 2 * 10**9
+DEFAULT_SHARD_BYTES = 10**9
 """A file is what is verified while the next one is written, and what is kept when a run is killed: not too large."""
-_FLUSH_BYTES = 1 << 28  # the disk works while the next tensors are read
 
 
 def write_hf(
@@ -36,7 +35,7 @@ def write_hf(
     """Write the weights of ``view``, and the index if there are several files.
 
     Every piece is read once, written once, and read back from the disk. Files that an earlier run finished are kept.
-    Pieces go to the files in the order of ``view.rows`` and ``view.carried``.
+    Tensors go to the files in the order of ``view.rows`` and ``view.carried``.
 
     Args:
         view: what the output shall hold.
@@ -69,7 +68,8 @@ def write_hf(
                 continue
             slots = {piece.name: piece.num_slots for piece in by_name[name] if piece.slot is not None}
             with SafetensorsWriter(out.partial / name, tensors, slots=slots) as writer:
-                _fill(writer, view, by_name[name], verifier, bar)
+                places = {tensor: place for place, tensor in enumerate(tensors)}
+                _fill(writer, view, sorted(by_name[name], key=lambda piece: (places[piece.name], piece.slot)), bar)
             verifier.submit(name, writer.verify)
     ledger.close()
     if len(files) > 1:
@@ -79,19 +79,12 @@ def write_hf(
     return {"num_tensors": len(file_of), "num_carried": len(carried), "num_bytes": sum(sizes.values())}
 
 
-def _fill(
-    writer: SafetensorsWriter, view: Source, pieces: Sequence[HfPiece], verifier: Verifier, bar: ByteProgress
-) -> None:
-    waiting = 0
+def _fill(writer: SafetensorsWriter, view: Source, pieces: Sequence[HfPiece], bar: ByteProgress) -> None:
     for piece in pieces:
         tensor = view.read(piece)
         require_finite(tensor, piece, view.where(piece))
         writer.write(piece.name, tensor, piece.slot, checksum=checksum(tensor))
         bar.advance(tensor.nbytes)
-        waiting += tensor.nbytes
-        if waiting >= _FLUSH_BYTES:
-            verifier.flush(writer.descriptor)
-            waiting = 0
 
 
 def plan_files(view: Source, shard_bytes: int | None) -> dict[str, TensorPlan]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,6 @@ from megatron_zeda.conversion.torch_dist_writer import DEFAULT_FILE_BYTES, DataF
 from megatron_zeda.conversion.verification import Source
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import HfPiece, WeightRow
-
-_FLUSH_BYTES = 1 << 28  # the disk works while the next blocks are read
 
 
 def hf_to_megatron(
@@ -143,22 +139,21 @@ class _Import:
             self._writer.skip(file)
             self._bar.skip(file.nbytes)
             return [(offset, length) for offset, length in record["spans"]]
-        path, checksums, waiting = self._out.partial / name, dict[HfPiece, int](), 0
+        path, checksums = self._out.partial / name, dict[HfPiece, int]()
 
         def load(row: WeightRow) -> torch.Tensor:
-            nonlocal waiting
             tensors = [self._read(piece) for piece in row.pieces]
             checksums.update(zip(row.pieces, map(checksum, tensors), strict=True))
-            block = row.packing.pack(tensors)
-            waiting += block.nbytes
-            if waiting >= _FLUSH_BYTES:
-                waiting = 0
-                self._flush(path)
-            return block
+            return row.packing.pack(tensors)
 
         spans = self._writer.write(file, load)
         metadata = self._writer.metadata({file.name: spans})
-        self._verifier.submit(name, lambda: _verify(path, metadata, file, checksums), spans=spans)
+
+        def check() -> str:
+            _verify(path, metadata, file, checksums)
+            return self._writer.sha256(file)
+
+        self._verifier.submit(name, check, spans=spans)
         return spans
 
     def carried_file(self, pieces: list[HfPiece], nbytes: int) -> None:
@@ -185,40 +180,20 @@ class _Import:
         self._bar.advance(tensor.nbytes)
         return tensor
 
-    def _flush(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            self._verifier.flush(descriptor)
-        finally:
-            os.close(descriptor)
-
 
 class _DiskReader(TorchDistReader):
-    """The ordinary reader, over a file that was just written; what it reads is hashed on the way."""
+    """The ordinary reader, over a file that was just written, past the memory that the system keeps of it."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path.parent, metadata)
         self.file = DiskFile(path)
-        self.digest, self.hashed = hashlib.sha256(), 0
 
     def _bytes(self, index: MetadataIndex, begin: int, length: int) -> memoryview:
-        offset = self._storage[index].offset + begin
-        data = self.file.read(offset, length)
-        if offset == self.hashed:
-            self.digest.update(data)
-            self.hashed += length
-        return data
-
-    def hash_rest(self) -> str:
-        """SHA-256 of the whole file."""
-        while (length := min(self.file.size - self.hashed, 1 << 22)) > 0:
-            self.digest.update(self.file.read(self.hashed, length))
-            self.hashed += length
-        return self.digest.hexdigest()
+        return self.file.read(self._storage[index].offset + begin, length)
 
 
-def _verify(path: Path, metadata: Metadata, file: DataFile, checksums: dict[HfPiece, int]) -> str:
-    """Read a file back from the disk, as an export does; return its SHA-256."""
+def _verify(path: Path, metadata: Metadata, file: DataFile, checksums: dict[HfPiece, int]) -> None:
+    """Read a file back from the disk, as an export does."""
     reader = _DiskReader(path, metadata)
     with reader.file:
         for row in file.rows:
@@ -229,7 +204,6 @@ def _verify(path: Path, metadata: Metadata, file: DataFile, checksums: dict[HfPi
                         where=path,
                         fix="run the command again; if it fails again, suspect the disk or the memory",
                     )
-        return reader.hash_rest()
 
 
 def _planned_bytes(view: Source, dtypes: dict[str, torch.dtype], file_bytes: int) -> dict[str, int]:

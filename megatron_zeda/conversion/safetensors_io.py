@@ -6,7 +6,6 @@ one slot of a stacked tensor, is read or written without touching the rest of it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from megatron_zeda.conversion.disk_file import DiskFile
+from megatron_zeda.conversion.disk_file import DiskFile, DiskWriter
 from megatron_zeda.conversion.folders import read_errors
 from megatron_zeda.conversion.ledger import Ledger
 from megatron_zeda.errors import InputError, ZedaError
@@ -246,7 +245,7 @@ def _load_json(data: bytes, path: Path) -> dict[str, Any]:
 
 
 class SafetensorsWriter:
-    """Write one planned file, piece by piece and in any order, then read it back.
+    """Write one planned file, piece by piece in the order of the file, then read it back.
 
     Every planned byte must be written exactly once. :meth:`verify` reads the file from the disk, past the memory that
     the system keeps of it, at the places where :class:`SafetensorsReader` finds the tensors: every piece must have the
@@ -267,9 +266,9 @@ class SafetensorsWriter:
         self._ledger = Ledger(parts, what="written", where=path)
         self._checksums: dict[tuple[str, int | None], int] = {}
         self.tensors = _layout(path, plan)
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = DiskWriter(path)
         try:
-            self._write(header_of(plan), 0)
+            self._file.write(header_of(plan))
         except BaseException:
             self.abandon()
             raise
@@ -282,22 +281,25 @@ class SafetensorsWriter:
         self._ledger.tick((name, slot))
         info = self.tensors[name]
         shape, offset, _ = info.part(slot)
+        if offset != self._file.tell():
+            raise ZedaError(f"the piece before {name} was never written", where=self.path)
         if tensor.dtype != info.dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: planned {info.dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
         data = bytes_of(tensor)
         self._checksums[name, slot] = zlib.crc32(data) if checksum is None else checksum
-        self._write(data, offset)
+        self._file.write(data)
 
     def close(self) -> None:
-        """Every planned byte was handed to the system; it is on the disk after :meth:`verify`."""
-        self._ledger.close()
-        self.abandon()
+        """Every planned byte is on the disk."""
+        try:
+            self._ledger.close()
+            self._file.close()
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         """Close the file as it is."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self._file.abandon()
 
     def verify(self) -> str:
         """Read the closed file back from the disk; return its SHA-256.
@@ -305,22 +307,18 @@ class SafetensorsWriter:
         Raises:
             ZedaError: if a tensor is not what was written.
         """
-        digest = hashlib.sha256()
         with DiskFile(self.path) as file, SafetensorsReader(self.path.parent, file=self.path.name) as reader:
             if reader.tensors != self.tensors:
                 raise ZedaError("verification failed: the header is not what was written", where=self.path)
-            header = min((info.offset for info in self.tensors.values()), default=file.size)
-            digest.update(file.read(0, header))
-            for name in self.tensors:  # in the order of the file, so header and pieces together are the file
-                for slot in self._parts(name):
-                    if self._read_back(reader.tensors[name], slot, file, digest) != self._checksums[name, slot]:
-                        piece = name if slot is None else f"{name}[{slot}]"
-                        raise ZedaError(
-                            f"verification failed: {piece} was not read back as the source gave it",
-                            where=self.path,
-                            fix="run the command again; if it fails again, suspect the disk or the memory",
-                        )
-        return digest.hexdigest()
+            for (name, slot), expected in self._checksums.items():
+                if self._read_back(reader.tensors[name], slot, file) != expected:
+                    piece = name if slot is None else f"{name}[{slot}]"
+                    raise ZedaError(
+                        f"verification failed: {piece} was not read back as the source gave it",
+                        where=self.path,
+                        fix="run the command again; if it fails again, suspect the disk or the memory",
+                    )
+        return self._file.sha256()
 
     def __enter__(self) -> Self:
         return self
@@ -334,23 +332,16 @@ class SafetensorsWriter:
             self.abandon()
 
     @staticmethod
-    def _read_back(info: TensorInfo, slot: int | None, file: DiskFile, digest: hashlib._Hash) -> int:
+    def _read_back(info: TensorInfo, slot: int | None, file: DiskFile) -> int:
         """The checksum of a piece on the disk."""
         _, offset, nbytes = info.part(slot)
         found = 0
         for done in range(0, nbytes, _CHUNK_BYTES):
-            chunk = file.read(offset + done, min(nbytes - done, _CHUNK_BYTES))
-            found = zlib.crc32(chunk, found)
-            digest.update(chunk)
+            found = zlib.crc32(file.read(offset + done, min(nbytes - done, _CHUNK_BYTES)), found)
         return found
 
     def _parts(self, name: str) -> Iterable[int | None]:
         return range(self._slots[name]) if name in self._slots else (None,)
-
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(self.descriptor, view[done:], offset + done)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

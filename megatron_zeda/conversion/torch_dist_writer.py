@@ -8,7 +8,9 @@ came from a rank of its own, and a block is made when its turn comes. The result
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
+    FileSystem,
     FileSystemWriter,
     _StorageInfo,
     _StoragePrefix,
@@ -31,13 +34,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_zeda.conversion.disk_file import DiskWriter
 from megatron_zeda.conversion.folders import write_json
 from megatron_zeda.conversion.ledger import Ledger
 from megatron_zeda.models import WeightRow
 
 COMMON_STATE = "common_state/shard_0_1"
 """Where Megatron-Core keeps everything that is not a sharded tensor."""
-DEFAULT_FILE_BYTES = 10**9
+DEFAULT_FILE_BYTES = 5 * 10**8
 Spans = list[tuple[int, int]]
 """Offset and length in the file of every block of a data file, in order."""
 
@@ -85,12 +89,11 @@ class TorchDistWriter:
         self._dtypes, self._common_state = dtypes, common_state
         self.files = plan_files(rows, dtypes, file_bytes)
         self._ledger = Ledger((file.name for file in self.files), what="written", where=folder)
-        # One thread and no copying ahead: otherwise blocks lie in an order that depends on the machine.
-        self._writer = _Writer(folder, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
+        self._writer = _Writer(folder)
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, file: DataFile, load: Callable[[WeightRow], torch.Tensor]) -> Spans:
-        """Write one file anew; the caller flushes it to the disk.
+        """Write one file anew, to the disk.
 
         Args:
             file: one of :attr:`files`.
@@ -112,6 +115,10 @@ class TorchDistWriter:
         planner.ledger.close()
         self._ledger.tick(file.name)
         return [(results[item.index].offset, results[item.index].length) for item in plan.items]
+
+    def sha256(self, file: DataFile) -> str:
+        """Hash of a file that :meth:`write` has written."""
+        return self._writer.fs.hashes[Path(self._writer.path) / file.name]
 
     def skip(self, file: DataFile) -> None:
         """Note that an interrupted run has written this file."""
@@ -171,8 +178,35 @@ class TorchDistWriter:
         return found
 
 
+class _FileSystem(FileSystem):
+    """PyTorch's access to files, with ours for those that are written.
+
+    Attributes:
+        hashes: SHA-256 of every file that was written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hashes: dict[Path, str] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        else:
+            with DiskWriter(Path(path)) as writer:
+                yield writer
+            self.hashes[writer.path] = writer.sha256()
+
+
 class _Writer(FileSystemWriter):
     """PyTorch's writer, without the random number and the path that it puts into ``.metadata``."""
+
+    def __init__(self, folder: Path) -> None:
+        # One thread and no copying ahead: otherwise blocks lie in an order that depends on the machine.
+        super().__init__(folder, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
+        self.fs: _FileSystem = _FileSystem()
 
     def storage_meta(self) -> StorageMeta | None:
         return None
