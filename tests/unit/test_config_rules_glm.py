@@ -32,6 +32,7 @@ from megatron_zeda.config_machine import check_with_megatron
 from megatron_zeda.config_megatron import zero_expert_refusals
 from megatron_zeda.config_refusals import RULES
 from megatron_zeda.config_rules import find_problems
+from megatron_zeda.evaluation import ModelShape
 from megatron_zeda.zero_experts.config import REFUSALS
 
 GLM = json.loads((Path(__file__).parents[2] / "examples/glm47_flash/config.json").read_text())
@@ -121,6 +122,18 @@ def test_layers_on_stages() -> None:
     facts = derived(make(**FOUR_STAGES | {LOSS: True, "model__virtual_pipeline_model_parallel_size": 3}), 4, GLM)
     assert facts["layers_per_stage"] == "4 + 4 + 4 | 4 + 4 + 4 | 4 + 4 + 4 | 4 + 4 + 3"
     assert facts["target_skip_rate"] == 0.5 and facts["num_zero_experts"] == 32
+
+
+def test_what_the_example_says_about_stages() -> None:
+    """The output layer is the work of 4.6 layers, 3.4 of which are recomputed; 8 layers leave room for that."""
+    facts = derived(make(**PIPELINE | {"model__pipeline_model_parallel_size": 4, LAST: 8}), 4, GLM)
+    assert facts["layers_per_stage"] == "13 | 13 | 13 | 8"
+    shape = ModelShape.from_hf_config(GLM)
+    columns = shape.router_column * (shape.experts + shape.zero_experts)
+    layer = (shape.fixed + columns + shape.topk * shape.expert) / GLM["num_hidden_layers"]
+    output = GLM["vocab_size"] * GLM["hidden_size"]
+    assert (round(layer / 1e6), round(output / 1e6), shape.scores / GLM["num_hidden_layers"]) == (69, 317, 10240)
+    assert (round(output / layer, 1), round(output * 3 / (layer * 4), 1)) == (4.6, 3.4)
 
 
 @pytest.mark.parametrize(
