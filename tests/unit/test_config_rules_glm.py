@@ -40,11 +40,18 @@ GLM = json.loads((Path(__file__).parents[2] / "examples/glm47_flash/config.json"
 SHAPE_RULES = {"divisors", "layers", "positions", "num_zero_experts", "cp_a2a", "fp8_widths"}
 
 
-@pytest.mark.parametrize(("values", "world_size", "key", "text"), UNFIT)
+def _whatever_the_shape(values: dict[str, Any], world_size: int) -> bool:
+    return only(find_problems(make(**values), world_size=world_size, hf_config=SHAPE)).rule not in SHAPE_RULES
+
+
+UNFIT_ANYWHERE = [case for case in UNFIT if _whatever_the_shape(*case[:2])]
+
+
+@pytest.mark.parametrize(("values", "world_size", "key", "text"), UNFIT_ANYWHERE)
 def test_what_fits_no_model_does_not_fit_this_one(values: dict[str, Any], world_size: int, key: str, text: str) -> None:
-    config = make(**values)
-    other, glm = (find_problems(config, world_size=world_size, hf_config=shape) for shape in (SHAPE, GLM))
-    assert [p for p in glm if p.rule not in SHAPE_RULES] == [p for p in other if p.rule not in SHAPE_RULES]
+    found = find_problems(make(**values), world_size=world_size, hf_config=GLM)
+    problem = only([problem for problem in found if problem.rule not in SHAPE_RULES])  # 47 layers break some, too
+    assert problem.keys[0] == key and text in str(problem)
 
 
 GLM_UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
