@@ -13,6 +13,8 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     Glm4MoeLiteConfig,
     Glm4MoeLiteForCausalLM,
     PreTrainedTokenizerFast,
@@ -75,6 +77,20 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         Qwen3MoeForCausalLM,
         {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 8},
     ),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        {
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "n_routed_experts": 8,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+        },
+    ),
     "glm4_moe_lite": (
         Glm4MoeLiteConfig,
         Glm4MoeLiteForCausalLM,
@@ -97,10 +113,9 @@ def save_dynamic(static: Path, folder: Path, *, num_zero_experts: int = 4, dial:
     """The static folder with random router rows for zero experts, written by hand."""
     folder.mkdir()
     config = json.loads((static / "config.json").read_text())
-    glm = config["model_type"] == "glm4_moe_lite"
-    if not glm:
+    if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
-    prefix = "Glm4MoeLite" if glm else "Qwen3Moe"
+    prefix = {"qwen3_moe": "Qwen3Moe", "glm4_moe_lite": "Glm4MoeLite", "glm4_moe": "Glm4Moe"}[config["model_type"]]
     config |= {
         "architectures": [f"{prefix}PlusPlusForCausalLM"],
         "zce_nums": [num_zero_experts],

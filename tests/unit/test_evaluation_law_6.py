@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load_megatron, megatron_model
-from tiny_hf import VOCABULARY
+from tiny_hf import VOCABULARY, save_dynamic, save_static
 
 from megatron_zeda.conversion import hf_to_megatron, megatron_to_hf
 from megatron_zeda.conversion.megatron_io import latest_checkpoint_dir
@@ -19,11 +19,9 @@ from megatron_zeda.rollout.hf_folder import load_model
 from megatron_zeda.zero_experts import router_statistics
 
 
-@pytest.mark.parametrize("folder", ["tiny_dynamic", "tiny_glm_dynamic"])
-def test_law_6_training_and_export_report_the_same_skip_rate(
-    megatron: None, tmp_path: Path, folder: str, request: pytest.FixtureRequest
-) -> None:
-    dynamic = request.getfixturevalue(folder)
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite", "glm4_moe"])
+def test_law_6_training_and_export_report_the_same_skip_rate(megatron: None, tmp_path: Path, family: str) -> None:
+    dynamic = save_dynamic(save_static(tmp_path / "static", family=family), tmp_path / "dynamic")
     rng = random.Random(3)
     rollouts = []
     for _ in range(9):

@@ -40,7 +40,7 @@ def _greedy(model: Any, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.T
     return torch.stack(tokens, 1), torch.stack(logprobs, 1)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite", "glm4_moe"])
 @pytest.mark.parametrize("dial", [0.0, -0.05])
 def test_law_5_transformers_says_what_megatron_says(megatron: None, tmp_path: Path, family: str, dial: float) -> None:
     static = save_static(tmp_path / "static", family=family, initializer_range=0.1, eos_token_id=None)
