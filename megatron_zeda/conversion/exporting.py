@@ -10,7 +10,7 @@ import yaml
 from megatron_zeda.conversion.background import SourceHashes
 from megatron_zeda.conversion.dry_run import dry_run
 from megatron_zeda.conversion.folders import OutputFolder, files_in
-from megatron_zeda.conversion.formats import SAVES, FormatView, view_as
+from megatron_zeda.conversion.formats import SAVES, FormatView, as_zeda, view_as
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, side_files, write_config
 from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, file_sizes, plan_files, write_hf
 from megatron_zeda.conversion.manifest import make_plan, read_manifest, versions
@@ -78,6 +78,7 @@ def megatron_to_hf(
         OutputFolder(hf, plan=plan) as out,
         SourceHashes({name: path for name, path in files.items() if name in known}, known) as hashes,
     ):
+        source.tensors.disk.passed = hashes.passed
         written = write_hf(view, out, shard_bytes=limit, what="export")
         write_config(out.partial, view.config, source.family)
         for name, values in view.files.items():
@@ -86,7 +87,7 @@ def megatron_to_hf(
         HfFolder(out.partial).close()  # configuration, table, index and headers agree
         summary = _summary(source, view, written)
         (out.partial / CARD_FILE).write_text(_card(source, view, summary, metrics), encoding="utf-8")
-        out.manifest = _manifest(source, {**summary, "versions": versions(), "files_checked": hashes.result()})
+        out.manifest = _manifest(source, view, {**summary, "versions": versions(), "files_checked": hashes.result()})
     return summary
 
 
@@ -104,11 +105,18 @@ def _summary(source: MegatronFolder, view: FormatView, written: dict[str, Any]) 
     }
 
 
-def _manifest(source: MegatronFolder, exported: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the checkpoint (import, training run, layout, seed), and this export."""
+def _manifest(source: MegatronFolder, view: FormatView, exported: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the checkpoint (import, training run, layout, seed), and this export.
+
+    The numbers of experts are those that this ``config.json`` announces; those of the source are in ``exported``.
+    """
     known = read_manifest(source.folder) or source.manifest or {"format": 1, "family": source.family.name}
-    zero = source.family.num_zero_experts(source.config)
-    return {**known, "num_zero_experts": zero, "exported": {"from": source.folder.name, **exported}}
+    config, _ = as_zeda(source.family, view.config)
+    numbers = {
+        "num_experts": source.family.num_experts(config),
+        "num_zero_experts": source.family.num_zero_experts(config),
+    }
+    return {**known, **numbers, "exported": {"from": source.folder.name, **exported}}
 
 
 def _card(source: MegatronFolder, view: FormatView, summary: dict[str, Any], metrics: CardMetrics) -> str:

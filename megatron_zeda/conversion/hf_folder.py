@@ -13,12 +13,13 @@ from typing import Any, Self
 
 import torch
 
-from megatron_zeda.conversion.folders import sha256, write_json
+from megatron_zeda.conversion.folders import MANIFEST_FILE, sha256, write_json
 from megatron_zeda.conversion.formats import as_zeda
 from megatron_zeda.conversion.safetensors_io import SafetensorsReader, check_inside
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, family_for, load_hf_config
 from megatron_zeda.models.base import Grow
+from megatron_zeda.models.hf_config import read_json_object
 
 SIDE_FILES = (
     "tokenizer*",
@@ -35,6 +36,8 @@ SIDE_FILES = (
 )
 """What travels with the weights: tokenizer, chat template, generation settings, licence. Never code, never pickles."""
 
+CONVERTIBLE = (None, "zeda", "vllm-mone")
+"""Export forms in which zero experts can be told from real ones."""
 
 CARRIED_FILE = "carried.safetensors"
 """Where a Megatron folder keeps tensors beside the model, in its ``hf`` folder."""
@@ -77,6 +80,13 @@ class HfFolder:
         """Z; 0 for a static checkpoint."""
         return self.family.num_zero_experts(self.config)
 
+    @property
+    def export_format(self) -> str | None:
+        """The form of an export of ours, by its manifest."""
+        manifest = self.path / MANIFEST_FILE
+        exported = read_json_object(manifest).get("exported") if manifest.is_file() else None
+        return exported.get("export_format") if isinstance(exported, dict) else None
+
     def read(self, piece: HfPiece) -> torch.Tensor:
         """Read one piece of the table."""
         tensor, grow = self.reader.read(piece.name, piece.slot), self._widened.get(piece.name)
@@ -96,8 +106,10 @@ class HfFolder:
         """What a conversion reads, name -> file: the configuration and the weights, in the order of the table.
 
         Raises:
-            InputError: for a file that would travel with the weights and is a link that leads out of the folder.
+            InputError: for an export in a form that is not a way back, and for a file that would travel with the
+                weights and is a link that leads out of the folder.
         """
+        self._require_a_form_to_convert()
         side_files(self.path)  # before anything is written
         order = {self.reader.tensors[piece.name].file: None for piece in pieces_of(self.rows + self.carried)}
         return {path.name: path for path in (self.path / "config.json", *order)}
@@ -118,6 +130,16 @@ class HfFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _require_a_form_to_convert(self) -> None:
+        """Not ``dense-zeros``: there nothing tells the experts that were zero experts from the real ones."""
+        if self.export_format not in CONVERTIBLE:
+            raise InputError(
+                f"an export in the {self.export_format} form, whose zero experts are written out as ordinary experts",
+                where=self.path,
+                rule=f"named by {MANIFEST_FILE}; the zeda and vllm-mone forms can be converted",
+                fix="give the checkpoint it was exported from, or export that with --format zeda",
+            )
 
     def _narrow_carried(self) -> dict[str, Grow]:
         """Carried tensors of a dynamic checkpoint that were never widened -> what widens them on reading.

@@ -50,10 +50,10 @@ def inject_zero_experts(
     """
     config = load_hf_config(input)
     if family_for(config).is_dynamic(config):
-        raise InputError(
-            "zero experts were injected already", where=input, fix="start from the static checkpoint it was made from"
-        )
+        raise _injected_already(input)
     with HfFolder(input) as source:
+        if source.num_zero_experts:  # in another form
+            raise _injected_already(input)
         zero = source.family.num_experts(config) // 2 if num_zero_experts is None else num_zero_experts
         if type(zero) is not int or zero < 1:
             raise InputError(
@@ -68,6 +68,7 @@ def inject_zero_experts(
             return dry_run(view, output, files.values(), file_sizes(plan_files(view, limit)))
         plan = make_plan("inject", files, num_zero_experts=zero, seed=seed, shard_bytes=limit)
         with OutputFolder(output, plan=plan) as out, SourceHashes(files, known_hashes(source.path)) as hashes:
+            source.reader.disk.passed = hashes.passed
             written = write_hf(view, out, shard_bytes=limit, what="inject")
             write_config(out.partial, dynamic, source.family)
             copy_side_files(source.path, out.partial)
@@ -81,6 +82,12 @@ def inject_zero_experts(
                 **written,
             )
     return out.manifest
+
+
+def _injected_already(where: str | Path) -> InputError:
+    return InputError(
+        "zero experts were injected already", where=where, fix="start from the static checkpoint it was made from"
+    )
 
 
 class _Injected:

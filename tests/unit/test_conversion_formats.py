@@ -421,6 +421,33 @@ def test_what_lies_beside_the_weights(qwen: Path, tmp_path: Path) -> None:
         assert (out / "README.md").read_text() != "the old card"
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe_lite"])
+def test_which_forms_are_a_way_back(tmp_path: Path, family: str) -> None:
+    """Nothing but the manifest tells the written-out zero experts of dense-zeros from real ones."""
+    dynamic = _make(tmp_path, family)
+    hf_to_megatron(dynamic, tmp_path / "megatron")
+    numbers = {"zeda": (6, 3), "dense-zeros": (9, 0), "vllm-mone": (6, 3)}
+    for format, expected in numbers.items():
+        out = tmp_path / format
+        megatron_to_hf(tmp_path / "megatron", out, format=format)
+        manifest = json.loads((out / "zeda_manifest.json").read_text())
+        assert (manifest["num_experts"], manifest["num_zero_experts"]) == expected
+        exported = manifest["exported"]
+        assert (exported["export_format"], exported["num_experts"], exported["num_zero_experts"]) == (format, 6, 3)
+        reason = "dense-zeros form" if format == "dense-zeros" else "injected already"
+        with pytest.raises(InputError, match=reason):
+            inject_zero_experts(out, tmp_path / "again")
+        if format == "dense-zeros":
+            for plan_only in (True, False):
+                with pytest.raises(InputError, match="dense-zeros form"):
+                    hf_to_megatron(out, tmp_path / "again", plan_only=plan_only)
+            assert "no way back" in verify_checkpoint(out, dynamic)[0]
+        else:
+            hf_to_megatron(out, tmp_path / f"{format}-megatron")
+            assert verify_checkpoint(tmp_path / f"{format}-megatron", tmp_path / "megatron") == []
+    assert not (tmp_path / "again").exists()
+
+
 class _FullSize:
     """A dynamic checkpoint at its published shape, without any weight."""
 
