@@ -32,9 +32,9 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     found = verify_checkpoint(args.a, args.b, hf_config=args.hf_config)
     result = {"equal": not found, "differences": found}
     if not found:
-        return 0, result, ["equal: names, shapes, types and bits"]
+        return 0, result, ["equal: configuration, names, shapes, types and bits"]
     more = [f"... and {len(found) - _LINES_SHOWN} more"] if len(found) > _LINES_SHOWN else []
-    return 1, result, [f"different: {len(found)} tensors", *found[:_LINES_SHOWN], *more]
+    return 1, result, [f"different: {len(found)} lines", *found[:_LINES_SHOWN], *more]
 
 
 def _compare_logits(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from megatron_zeda.conversion.hf_folder import HfFolder, pieces_of
+from megatron_zeda.conversion.hf_folder import CONVERTIBLE, HfFolder, pieces_of
 from megatron_zeda.conversion.megatron_io import MegatronFolder, is_megatron_folder
 from megatron_zeda.conversion.progress import progress
 from megatron_zeda.conversion.safetensors_io import bytes_of
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.models import HfPiece, WeightRow
+from megatron_zeda.models import Family, HfPiece, WeightRow
 
 _CHUNK_VALUES = 1 << 22
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -54,7 +54,8 @@ def verify_checkpoint(a: str | Path, b: str | Path, *, hf_config: str | Path | N
         hf_config: folder with ``config.json`` for Megatron folders that no import of ours made.
 
     Returns:
-        One line for every difference; empty if there is none.
+        One line for every difference, in what the configurations say of the model or in a tensor; empty if there is
+        none. Before them a line says it if the two cannot be compared so.
 
     Raises:
         InputError: if one of them is not a complete checkpoint.
@@ -64,7 +65,27 @@ def verify_checkpoint(a: str | Path, b: str | Path, *, hf_config: str | Path | N
         first = MegatronFolder(a, layout=second.layout, hf_config=hf_config)
     elif isinstance(second, MegatronFolder):
         second = MegatronFolder(b, layout=first.layout, hf_config=hf_config)
-    return differences(first, second)
+    found = [*config_differences(first, second), *differences(first, second)]
+    return [*_why_not_compared(first, second), *found] if found else []
+
+
+def config_differences(first: HfFolder | MegatronFolder, second: HfFolder | MegatronFolder) -> list[str]:
+    """One line for every key of ``config.json`` that makes another model of the same tensors.
+
+    Keys with two spellings, and keys that say nothing of the model (versions, types), are no differences.
+    """
+    one, two, family = first.config, second.config, first.family
+    if family.name != second.family.name:
+        return [f"config.json: model_type is {_shown(one, 'model_type')} and {_shown(two, 'model_type')}"]
+    settings, others = _model_settings(family, one), _model_settings(family, two)
+    if settings == others:
+        return []
+    differing = sorted(key for key in {**one, **two} if one.get(key) != two.get(key))
+    # A key with two spellings matters where it is taken away, and not where it is added.
+    keys = [key for key in differing if _matters(family, one, two, key) and _matters(family, two, one, key)]
+    if not keys:  # keys that matter only together
+        return [f"{key} is {settings[key]} and {others[key]}" for key in settings if settings[key] != others[key]]
+    return [f"config.json: {key} is {_shown(one, key)} and {_shown(two, key)}" for key in keys]
 
 
 def differences(first: Source, second: Source) -> list[str]:
@@ -91,6 +112,37 @@ def require_equal(first: Source, second: Source, where: Path) -> None:
     found = differences(first, second)
     if found:
         raise ZedaError(f"verification failed, nothing was written: {found[0]}", where=where, value=len(found))
+
+
+def _model_settings(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of the model, in Megatron-Core's terms."""
+    settings = {**family.transformer_config_kwargs(config), **family.gpt_model_kwargs(config)}
+    settings.pop("init_method_std", None)  # of training from scratch
+    return settings
+
+
+def _matters(family: Family, config: dict[str, Any], other: dict[str, Any], key: str) -> bool:
+    """Whether the other value of a key makes another model."""
+    changed = {name: value for name, value in config.items() if name != key}
+    if key in other:
+        changed[key] = other[key]
+    try:
+        return _model_settings(family, changed) != _model_settings(family, config)
+    except (InputError, KeyError):
+        return True
+
+
+def _shown(config: dict[str, Any], key: str) -> str:
+    return repr(config[key]) if key in config else "missing"
+
+
+def _why_not_compared(first: HfFolder | MegatronFolder, second: HfFolder | MegatronFolder) -> list[str]:
+    for side in (first, second):
+        if isinstance(side, HfFolder) and side.export_format not in CONVERTIBLE:
+            return [f"{side.path}: an export in the {side.export_format} form is no way back; compare with --logits"]
+    if first.layout != second.layout:
+        return [f"experts lie {first.layout} in the first and {second.layout} in the second; compare with --logits"]
+    return []
 
 
 def _different_values(one: torch.Tensor, two: torch.Tensor) -> int:

@@ -53,8 +53,13 @@ def test_the_whole_way_and_back(
     assert _result(capsys) == {"equal": True, "differences": []}
     assert tools["verify_checkpoint"].main([str(static), back]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "different: 2 tensors"
-    assert "model.layers.0.mlp.gate.weight" in out[1]
+    assert out[0] == "different: 5 lines"
+    assert out[1:4] == [
+        "config.json: use_zce_mask is missing and False",
+        "config.json: zce_nums is missing and [3]",
+        "config.json: zce_types is missing and ['zero']",
+    ]
+    assert "model.layers.0.mlp.gate.weight" in out[4]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -322,11 +327,61 @@ def test_a_run_terminated_when_all_is_done_says_that_it_is(
     assert tools["verify_checkpoint"].main([str(out), str(out)]) == 0
 
 
+@pytest.mark.parametrize("side", ["hf", "megatron"])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("zeda_zero_logit_bias", 3.0, "is 0.0 and 3.0"),
+        ("rms_norm_eps", 0.5, "is 1e-06 and 0.5"),
+        ("num_experts_per_tok", 1, "is 2 and 1"),
+        ("rope_theta", 10.0, None),
+        ("transformers_version", "9", None),
+        ("dtype", "float64", None),
+    ],
+)
+def test_another_configuration_is_another_model(
+    tools: dict[str, ModuleType],
+    tmp_path: Path,
+    dynamic: Path,
+    side: str,
+    key: str,
+    value: object,
+    said: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other, config = tmp_path / "other", tmp_path / "other/config.json"
+    if side == "megatron":
+        tools["hf_to_megatron"].main(["--hf", str(dynamic), "--megatron", str(other)])
+        config = other / "hf/config.json"
+    else:
+        shutil.copytree(dynamic, other)
+    values = json.loads(config.read_text())
+    if key == "rope_theta":  # transformers 4 spells it so
+        values["rope_theta"] = values.pop("rope_parameters")["rope_theta"]
+    else:
+        values[key] = value
+    config.write_text(json.dumps(values))
+    capsys.readouterr()
+    assert tools["verify_checkpoint"].main([str(dynamic), str(other)]) == int(said is not None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ([] if said is None else [f"config.json: {key} {said}"])
+
+
+def test_two_expert_layouts_are_not_compared_without_saying_so(tmp_path: Path) -> None:
+    from checkpoints import make_hf
+
+    from megatron_zeda.conversion import verify_checkpoint
+
+    one, two = make_hf(tmp_path / "one"), make_hf(tmp_path / "two", fused=True)
+    first, *_ = verify_checkpoint(one, two)
+    assert first == "experts lie per_expert in the first and fused in the second; compare with --logits"
+
+
 def test_runs_as_a_plain_script_from_anywhere(tmp_path: Path, static: Path) -> None:
     """Without installation: no PYTHONPATH, another working folder."""
     command = [sys.executable, str(TOOLS / "verify_checkpoint.py"), str(static), str(static)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout) == (0, "equal: names, shapes, types and bits\n")
+    assert (done.returncode, done.stdout) == (0, "equal: configuration, names, shapes, types and bits\n")
 
 
 @pytest.mark.parametrize("name", NAMES[:3])
