@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from megatron_zeda.errors import InputError
 from megatron_zeda.models.base import HfPiece, Packing, WeightRow
 from megatron_zeda.models.glm import GlmFamily
-from megatron_zeda.models.hf_config import HfConfig, need_bool, need_float, need_int, rope_theta, where_of
+from megatron_zeda.models.hf_config import HfConfig, head_dim, need_bool, need_float, need_int, rope_theta, where_of
 from megatron_zeda.models.rows import row, tied
 
 
@@ -46,13 +46,13 @@ class Glm4Moe(GlmFamily):
             raise InputError(
                 "`head_dim` is missing", where=where, rule=f"hidden_size is not a multiple of {heads} heads"
             )
-        rotating = _head_dim(hf_config) * factor
+        rotating = head_dim(hf_config) * factor
         if factor > 1 or rotating != int(rotating) or rotating % 2:
             raise InputError(
                 "`partial_rotary_factor` is wrong",
                 where=where,
                 value=factor,
-                rule=f"an even number of the {_head_dim(hf_config)} dimensions of a head",
+                rule=f"an even number of the {head_dim(hf_config)} dimensions of a head",
             )
 
     def transformer_config_class(self) -> type:
@@ -66,7 +66,7 @@ class Glm4Moe(GlmFamily):
         return {
             **super().transformer_config_kwargs(hf_config),
             "num_query_groups": hf_config["num_key_value_heads"],
-            "kv_channels": _head_dim(hf_config),
+            "kv_channels": head_dim(hf_config),
             "qk_layernorm": bool(hf_config.get("use_qk_norm")),
             "add_qkv_bias": bool(hf_config.get("attention_bias")),
         }
@@ -85,7 +85,7 @@ class Glm4Moe(GlmFamily):
 
     def attention_rows(self, hf_config: dict[str, Any], megatron: str, hf: str) -> list[WeightRow]:
         """Grouped-query attention; its norm is part of the first matrix. There is no bias on the way out."""
-        hidden, dim = hf_config["hidden_size"], _head_dim(hf_config)
+        hidden, dim = hf_config["hidden_size"], head_dim(hf_config)
         heads, groups = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
         norm = row(f"{megatron}self_attention.linear_qkv.layer_norm_weight", f"{hf}input_layernorm.weight", hidden)
         megatron, hf = f"{megatron}self_attention.", f"{hf}self_attn."
@@ -114,9 +114,3 @@ def rotary_factor(hf_config: dict[str, Any]) -> float:
         inner = HfConfig(parameters, where=f"{where_of(hf_config)}: rope_parameters")
         return need_float(inner, "partial_rotary_factor")
     raise InputError("`partial_rotary_factor` is missing", where=where_of(hf_config), rule="0.5 in published models")
-
-
-def _head_dim(hf_config: dict[str, Any]) -> int:
-    if hf_config.get("head_dim") is not None:
-        return need_int(hf_config, "head_dim")
-    return int(hf_config["hidden_size"] // hf_config["num_attention_heads"])

@@ -82,6 +82,13 @@ def need_bool(hf_config: dict[str, Any], key: str) -> bool:
     return value
 
 
+def head_dim(hf_config: dict[str, Any]) -> int:
+    """Size of an attention head: ``head_dim``, or the share of the hidden size where that is missing."""
+    if hf_config.get("head_dim") is not None:
+        return need_int(hf_config, "head_dim")
+    return int(hf_config["hidden_size"] // hf_config["num_attention_heads"])
+
+
 def refuse_unless(hf_config: dict[str, Any], key: str, allowed: tuple[Any, ...], why: str) -> None:
     """Refuse a key that is there with a value other than the allowed ones."""
     if key in hf_config and hf_config[key] not in allowed:

@@ -12,6 +12,7 @@ import torch
 from megatron_zeda.errors import InputError
 from megatron_zeda.models.base import ExpertLayout, Family, Grow, HfPiece, Packing, WeightRow
 from megatron_zeda.models.hf_config import (
+    head_dim,
     need_bool,
     need_float,
     need_int,
@@ -20,7 +21,7 @@ from megatron_zeda.models.hf_config import (
     where_of,
     zero_logit_bias,
 )
-from megatron_zeda.models.rows import expert_rows, grow_gate
+from megatron_zeda.models.rows import expert_rows, grow_gate, tied
 
 
 class Qwen3Moe(Family):
@@ -91,7 +92,7 @@ class Qwen3Moe(Family):
             "ffn_hidden_size": hf_config.get("intermediate_size", hf_config["moe_intermediate_size"]),
             "num_attention_heads": hf_config["num_attention_heads"],
             "num_query_groups": hf_config["num_key_value_heads"],
-            "kv_channels": _head_dim(hf_config),
+            "kv_channels": head_dim(hf_config),
             "qk_layernorm": True,
             "normalization": "RMSNorm",
             "layernorm_epsilon": float(hf_config["rms_norm_eps"]),
@@ -123,7 +124,7 @@ class Qwen3Moe(Family):
             "position_embedding_type": "rope",
             "rotary_percent": 1.0,
             "rotary_base": rope_theta(hf_config),
-            "share_embeddings_and_output_weights": _tied(hf_config),
+            "share_embeddings_and_output_weights": tied(hf_config),
         }
 
     def weight_table(self, hf_config: dict[str, Any], layout: ExpertLayout = "per_expert") -> list[WeightRow]:
@@ -148,12 +149,12 @@ class Qwen3Moe(Family):
                 layer=(layer, hf_config["num_hidden_layers"]),
             )
         rows.append(WeightRow("decoder.final_layernorm.weight", (HfPiece("model.norm.weight", (hidden,)),)))
-        if not _tied(hf_config):
+        if not tied(hf_config):
             rows.append(WeightRow("output_layer.weight", (HfPiece("lm_head.weight", (vocab, hidden)),), padded=True))
         return rows
 
     def _layer_rows(self, hf_config: dict[str, Any], layer: int) -> list[WeightRow]:
-        hidden, dim = hf_config["hidden_size"], _head_dim(hf_config)
+        hidden, dim = hf_config["hidden_size"], head_dim(hf_config)
         heads, groups = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
         num_rows = self.num_experts(hf_config) + self.num_zero_experts(hf_config)
         index, extent = (layer,), (hf_config["num_hidden_layers"],)
@@ -185,13 +186,3 @@ class Qwen3Moe(Family):
     def fused_tensor_names(self, hf_config: dict[str, Any]) -> frozenset[str]:
         """The stacked expert tensors of layer 0: enough to recognise the layout."""
         return frozenset({"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"})
-
-
-def _head_dim(hf_config: dict[str, Any]) -> int:
-    if hf_config.get("head_dim") is not None:
-        return need_int(hf_config, "head_dim")
-    return int(hf_config["hidden_size"] // hf_config["num_attention_heads"])
-
-
-def _tied(hf_config: dict[str, Any]) -> bool:
-    return bool(hf_config.get("tie_word_embeddings", False))

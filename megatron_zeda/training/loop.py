@@ -16,6 +16,7 @@ import torch
 from megatron_zeda.config import Config, derived, num_train_iters
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.config_megatron import transformer_config
+from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import GlobalBatch, training_batches
 from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
@@ -153,7 +154,7 @@ def _need_no_metrics(config: Config) -> None:
 
 def _dynamic_hf_config(config: Config) -> dict[str, Any]:
     assert config.hf_dir is not None and config.model.checkpoint is not None  # the rules of the configuration demand it
-    beside = Path(config.model.checkpoint) / "hf"
+    beside = Path(config.model.checkpoint) / HF_FOLDER
     if not (beside / "config.json").is_file():
         raise InputError(
             "no config.json beside the checkpoint",
@@ -191,7 +192,7 @@ def _run_teacher(
     if config.teacher.checkpoint is None:
         return None
     folder = Path(config.teacher.checkpoint)
-    teacher_config = load_hf_config(folder / "hf")
+    teacher_config = load_hf_config(folder / HF_FOLDER)
     _check_pair(hf_config, teacher_config, folder)
     chunks = setup.build_chunks(teacher_config, transformer_config(config, teacher_config, where=folder))
     checkpoint.load_weights(chunks, folder)
