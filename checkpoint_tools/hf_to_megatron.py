@@ -21,7 +21,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
 
     result = hf_to_megatron(args.hf, args.megatron, plan_only=args.dry_run)
     if args.dry_run:
-        return 0, result, report_lines(result)
+        return int(not result["fits"]), result, report_lines(result)
     size = f"{result['num_tensors']} tensors ({result['num_carried']} carried), {result['num_bytes']} bytes"
     return 0, result, [f"{args.megatron}: {size}, verified"]
 

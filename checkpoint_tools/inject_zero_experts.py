@@ -26,7 +26,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         plan_only=args.dry_run,
     )
     if args.dry_run:
-        return 0, result, report_lines(result)
+        return int(not result["fits"]), result, report_lines(result)
     real, zero = result["num_experts"], result["num_zero_experts"]
     experts = f"{real} real + {zero} zero experts, seed {args.seed}"
     return 0, result, [f"{args.output}: {experts}, {size_of(result)}, verified"]

@@ -30,7 +30,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         plan_only=args.dry_run,
     )
     if args.dry_run:
-        return 0, result, report_lines(result)
+        return int(not result["fits"]), result, report_lines(result)
     lines = [f"{args.hf}: iteration {result['iteration']}, {size_of(result)}, verified"]
     if result["num_zero_experts"]:
         extra = f"{result['extra_bytes']:,} bytes more than zeda" if result["extra_bytes"] else "no extra bytes"

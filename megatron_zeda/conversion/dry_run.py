@@ -1,4 +1,4 @@
-"""What a conversion would do: files, tensors, disk, memory and time. Only a probe is written, and removed again."""
+"""What a conversion would do: files, tensors, disk, memory and time. Only a probe without a name is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_zeda.conversion.folders import read_errors
+from megatron_zeda.conversion.folders import look_for_unfinished, read_errors
 from megatron_zeda.conversion.hf_folder import pieces_of
 from megatron_zeda.conversion.verification import Source
 from megatron_zeda.errors import disk_errors
@@ -33,19 +33,22 @@ def dry_run(view: Source, output: str | Path, sources: Iterable[Path], files: Ma
 
     Returns:
         JSON values: ``files``, ``num_tensors``, ``num_carried`` (of them), ``num_bytes``, ``free_bytes``, ``fits``,
-        ``memory_bytes`` (a bound), ``read_rate`` and ``write_rate`` (bytes per second, measured now) and
-        ``expected_seconds``.
+        ``unfinished`` (what an interrupted run left, ``folder``, ``num_files``, ``num_bytes``, or None: it is continued
+        or discarded, so its bytes count as free), ``memory_bytes`` (a bound), ``read_rate`` and ``write_rate`` (bytes
+        per second, measured now) and ``expected_seconds``.
 
     Raises:
-        InputError: if a source cannot be read.
+        InputError: if a source cannot be read, or the output exists.
         ZedaError: if nothing can be written where the output would be.
     """
+    unfinished = look_for_unfinished(output)
     folder = next(path for path in Path(os.path.abspath(output)).parents if path.is_dir())
     total, free = sum(files.values()), shutil.disk_usage(folder).free
     rows = [*view.rows, *view.carried]
     largest = max(row.numel * view.dtype(row.pieces[0]).itemsize for row in rows)
     read_rate = _read_rate(max(sources, key=lambda path: path.stat().st_size))
     write_rate = _write_rate(folder, min(_PROBE_BYTES, free // 2))
+    free += unfinished["num_bytes"] if unfinished else 0
     return {
         "files": dict(files),
         "num_tensors": len({piece.name for piece in pieces_of(rows)}),
@@ -53,6 +56,7 @@ def dry_run(view: Source, output: str | Path, sources: Iterable[Path], files: Ma
         "num_bytes": total,
         "free_bytes": free,
         "fits": total <= free,
+        "unfinished": unfinished,
         "memory_bytes": 2 * largest + _MEMORY_BYTES,
         "read_rate": read_rate,
         "write_rate": write_rate,
@@ -66,6 +70,12 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {_size(nbytes)}" for name, nbytes in sizes[:_FILES_SHOWN]]
     if len(sizes) > _FILES_SHOWN:
         lines.append(f"... and {len(sizes) - _FILES_SHOWN} more files")
+    unfinished = report["unfinished"]
+    if unfinished is not None:
+        lines.append(
+            f"{unfinished['folder']}: {unfinished['num_files']} finished files of a run that was interrupted; they are "
+            "kept if it was this conversion, otherwise discarded"
+        )
     enough = "enough" if report["fits"] else "NOT ENOUGH"
     return [
         *lines,
@@ -91,9 +101,9 @@ def _read_rate(path: Path) -> float:
 
 
 def _write_rate(folder: Path, num_bytes: int) -> float:
-    """Bytes per second of writing and flushing a file that is removed again."""
+    """Bytes per second of writing and flushing a file that has no name, so that nothing can leave it behind."""
     data = os.urandom(_CHUNK_BYTES)
-    with disk_errors(folder), tempfile.NamedTemporaryFile(dir=folder, prefix=".zeda-probe-", buffering=0) as file:
+    with disk_errors(folder), tempfile.TemporaryFile(dir=folder, prefix=".zeda-probe-", buffering=0) as file:
         done, start = 0, time.perf_counter()
         while done == 0 or (done < num_bytes and time.perf_counter() - start < _PROBE_SECONDS):
             done += file.write(data)

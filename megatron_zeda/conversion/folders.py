@@ -229,7 +229,8 @@ class OutputFolder:
                 _log.warning("%s: continuing an unfinished run, %d files are there", self.path, len(self._records))
             return
         if self.partial.exists():
-            _log.warning("%s: the unfinished run that left this was another one, so it is discarded", self.partial)
+            which = "was another one" if entries else "left no journal"
+            _log.warning("%s: the unfinished run that left this %s, so it is discarded", self.partial, which)
             shutil.rmtree(self.partial)
         self._fresh = True
         os.ftruncate(self._lock, 0)
@@ -309,6 +310,22 @@ class OutputFolder:
         for parent in self._created:  # nearest first
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def look_for_unfinished(path: str | Path) -> dict[str, Any] | None:
+    """What a run that was not finished left of an output: ``folder``, ``num_files`` (finished ones) and ``num_bytes``.
+
+    Raises:
+        InputError: if the output exists.
+    """
+    with disk_errors(path):
+        out = OutputFolder(path, plan={})
+        _refuse_existing(out.path)
+        if not out.partial.is_dir():
+            return None
+        entries, _ = _read_journal(out._journal) if out._journal.exists() else ([], 0)
+        num_bytes = sum(file.stat().st_size for file in files_in(out.partial))
+        return {"folder": str(out.partial), "num_files": max(len(entries) - 1, 0), "num_bytes": num_bytes}
 
 
 def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -191,5 +191,5 @@ def test_a_disk_that_is_too_small_is_seen_in_the_plan(
 
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert tool.main(["--hf", str(glm), "--megatron", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert tool.main(["--hf", str(glm), "--megatron", str(tmp_path / "out"), "--dry-run"]) == 1
     assert "100 kB free: NOT ENOUGH" in capsys.readouterr().out

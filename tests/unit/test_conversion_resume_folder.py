@@ -82,6 +82,21 @@ def test_an_interrupted_run_is_continued(tmp_path: Path, caplog: pytest.LogCaptu
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("journal", ["gone", "torn"])
+def test_a_left_over_without_its_journal_is_discarded(
+    tmp_path: Path, journal: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    partial = _interrupted(tmp_path / "out", "a")
+    path = partial.with_name(partial.name + ".journal")
+    if journal == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:10])
+    with OutputFolder(tmp_path / "out", plan=PLAN) as out:
+        assert "left no journal, so it is discarded" in caplog.text
+        assert _write(out, "a")
+
+
 def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
     _interrupted(tmp_path / "new/parents/out")
     assert list(tmp_path.iterdir()) == []

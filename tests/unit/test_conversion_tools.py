@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -291,6 +292,17 @@ def test_a_terminated_run_says_what_stays_and_continues(
         assert tools["inject_zero_experts"].main(arguments) == 143
     line = capsys.readouterr().err.splitlines()[-1]  # importing PyTorch may have warned before
     assert line.startswith("error: interrupted; ") and line.endswith("and the same command continues with them")
+    assert tools["inject_zero_experts"].main([*arguments, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"{tmp_path}/\.out\.partial: [1-9] finished files of a run that was interrupted", shown)
+    # What is there already needs no more space.
+    usage = shutil.disk_usage(tmp_path)
+    for free, code in ((usage.free, 0), (0, 1)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert tools["inject_zero_experts"].main([*arguments, "--dry-run", "--json"]) == code
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["free_bytes"] == free + plan["unfinished"]["num_bytes"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert tools["inject_zero_experts"].main(arguments) == 0
     assert "verified" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
@@ -403,6 +415,7 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(
     assert f"{planned['num_tensors']} tensors, 0 of them carried" in shown and "time: about" in shown
     assert tools[name].main([*arguments, "--json"]) == 0
     done = _result(capsys)
+    assert "output exists" in _error(tools[name], [*arguments, "--dry-run"], capsys)
     assert done["num_tensors"] == planned["num_tensors"]
     for file, size in planned["files"].items():
         assert 0 <= (tmp_path / "new/out" / file).stat().st_size - size < 60_000  # torch_dist counts weights only
