@@ -78,6 +78,8 @@ def render() -> str:
     ]
     decided = [
         (f"`{name}`", "decided by the checkpoint; the export would not have it", "convert a checkpoint that has it")
+        if name in config_refusals.SET_BY_SOME_FAMILY
+        else (f"`{name}`", "no family of this version has it, and the export would not", "remove it")
         for name in sorted(config_refusals.MODEL_DEFAULTS)
     ]
     return "\n".join(

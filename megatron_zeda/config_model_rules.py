@@ -15,6 +15,7 @@ from megatron_zeda.config_refusals import (
     OVERRIDABLE,
     OVERRIDE_OWNERS,
     OVERRIDE_REFUSALS,
+    SET_BY_SOME_FAMILY,
     Problem,
 )
 from megatron_zeda.errors import InputError
@@ -45,12 +46,14 @@ def model_override_problems(config: Config, shape: Mapping[str, Any]) -> Iterato
     for name in config.model.overrides:
         decided = name in shape or name in MODEL_DEFAULTS
         if decided and name not in own and name not in OVERRIDE_OWNERS and name not in OVERRIDABLE:
-            yield Problem(
-                "override_decided",
-                (f"model.overrides.{name}",),
-                KERNELS.get(name, "the checkpoint decides it, and the export would not have it"),
-                "remove it" if name in KERNELS else "remove it, or edit the checkpoint's config.json before converting",
-            )
+            reason, fix = "the checkpoint decides it, and the export would not have it", "remove it"
+            if name in KERNELS:
+                reason = KERNELS[name]
+            elif name in MODEL_DEFAULTS - SET_BY_SOME_FAMILY:
+                reason = "no family of this version has it, and the export would not"
+            else:
+                fix = "remove it, or edit the checkpoint's config.json before converting"
+            yield Problem("override_decided", (f"model.overrides.{name}",), reason, fix)
 
 
 def context_problems(config: Config) -> Iterator[Problem]:

@@ -354,3 +354,15 @@ MODEL_DEFAULTS = frozenset(
         "window_size",
     }
 )
+
+# Those that a family of this version sets for its checkpoints. No checkpoint that is accepted has the others.
+SET_BY_SOME_FAMILY = frozenset(
+    {
+        "add_qkv_bias",
+        "moe_layer_freq",
+        "moe_router_enable_expert_bias",
+        "moe_router_topk_scaling_factor",
+        "moe_shared_expert_intermediate_size",
+        "multi_latent_attention",
+    }
+)

@@ -165,7 +165,6 @@ def test_a_written_layout_is_counted_part_by_part() -> None:
         "moe_router_pre_softmax",
         "num_moe_experts",
         "moe_ffn_hidden_size",
-        "softmax_scale",
         "moe_router_topk_scaling_factor",
     ],
 )
@@ -173,6 +172,13 @@ def test_overrides_do_not_make_another_model(name: str) -> None:
     problem = only(find_problems(make(model__overrides={name: 1}), world_size=1, hf_config=SHAPE))
     assert problem.keys == (f"model.overrides.{name}",)
     assert "the checkpoint decides it" in str(problem) and "config.json" in problem.fix
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "mscale", "window_size"])
+def test_overrides_that_are_in_no_checkpoint_are_not_looked_for_in_one(name: str) -> None:
+    problem = only(find_problems(make(model__overrides={name: 1}), world_size=1, hf_config=SHAPE))
+    assert problem.rule == "override_decided" and problem.fix == "remove it"
+    assert "no family of this version has it" in str(problem)
 
 
 def test_overrides_of_layout_performance_and_regularisation_pass() -> None:

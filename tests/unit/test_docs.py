@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from full_size import MODELS, full_size_config
 
+from megatron_zeda.config_refusals import MODEL_DEFAULTS, SET_BY_SOME_FAMILY
 from megatron_zeda.models import FAMILIES, Family, family_for
 from megatron_zeda.zero_experts.config import REFUSALS
 
@@ -21,6 +22,17 @@ def test_refusal_tables_are_the_codes() -> None:
     assert page == rendered, "docs/refusals.md is not current: run python docs/generate_refusals.py"
     for refusal in REFUSALS:
         assert f"| `{refusal.setting}` | {refusal.reason} | {refusal.alternative} |" in page
+
+
+def test_the_last_table_knows_what_families_set() -> None:
+    found = set()
+    for name in MODELS:
+        config = full_size_config(name)
+        family = family_for(config)
+        found |= family.transformer_config_kwargs(config).keys()
+        if family.transformer_config_class().multi_latent_attention:
+            found |= {"multi_latent_attention"}
+    assert found & MODEL_DEFAULTS == SET_BY_SOME_FAMILY
 
 
 def test_adding_a_family_names_files_that_are_there() -> None:
