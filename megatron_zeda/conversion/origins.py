@@ -21,19 +21,33 @@ def known_hashes(folder: Path) -> dict[str, str]:
     the SHA-256 of a large file, a time), and the cache of the Hugging Face hub, whose links end in
     ``blobs/<SHA-256>``. ``config.json`` is not checked: people edit it on purpose.
     """
-    known: dict[str, str] = {}
+    return {name: digest for name, (digest, _) in _known(folder).items()}
+
+
+def record_of(file: Path) -> Path | None:
+    """What :func:`known_hashes` has the hash of a weight file from."""
+    for folder in (file.parent, file.parent.parent):
+        found = _known(folder).get(file.relative_to(folder).as_posix())
+        if found is not None:
+            return found[1]
+    return None
+
+
+def _known(folder: Path) -> dict[str, tuple[str, Path]]:
+    """Name -> SHA-256, and the file that says so."""
+    known: dict[str, tuple[str, Path]] = {}
     manifest = folder / MANIFEST_FILE
     files = read_json_object(manifest).get("files") if manifest.is_file() else None
     for name, record in (files if isinstance(files, dict) else {}).items():
         if _is_weight_file(name) and isinstance(record, dict) and _SHA256.fullmatch(str(record.get("sha256"))):
-            known[name] = str(record["sha256"])
+            known[name] = str(record["sha256"]), manifest
     for name, _, etag in _download_notes(folder):
         if _is_weight_file(name) and _SHA256.fullmatch(etag):
-            known[name] = etag
+            known[name] = etag, folder / _DOWNLOADS / f"{name}.metadata"
     for path in folder.glob("*.safetensors"):
         target = path.readlink() if path.is_symlink() else None
         if target is not None and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
-            known[path.name] = target.name
+            known[path.name] = target.name, path
     return known
 
 
