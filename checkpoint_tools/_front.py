@@ -30,16 +30,16 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_shard_size(parser: argparse.ArgumentParser) -> None:
-    """The option of the tools that write Hugging Face weights."""
+def add_file_size(parser: argparse.ArgumentParser, option: str, default: float, note: str = "") -> None:
+    """The option of the tools that write weights."""
     parser.add_argument(
-        "--shard-gb", type=_positive, default=2.0, help="largest weight file in GB, if the source has several files"
+        option, dest="file_gb", type=_positive, default=default, help=f"largest weight file in GB{note}"
     )
 
 
-def shard_bytes(args: argparse.Namespace) -> int:
-    """What :func:`add_shard_size` asked for."""
-    return int(args.shard_gb * 10**9)
+def file_bytes(args: argparse.Namespace) -> int:
+    """What :func:`add_file_size` asked for."""
+    return int(args.file_gb * 10**9)
 
 
 def _positive(text: str) -> float:

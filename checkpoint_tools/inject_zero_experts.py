@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _front import add_shard_size, make_parser, run, shard_bytes, size_of
+from _front import add_file_size, file_bytes, make_parser, run, size_of
 
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
@@ -22,7 +22,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         args.output,
         num_zero_experts=args.num_zero_experts,
         seed=args.seed,
-        shard_bytes=shard_bytes(args),
+        shard_bytes=file_bytes(args),
         plan_only=args.dry_run,
     )
     if args.dry_run:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--num-zero-experts", type=int, help="Z; half the number of experts if not given")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new router rows and selection biases")
-    add_shard_size(parser)
+    add_file_size(parser, "--shard-gb", 2.0, ", if the source has several files")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _front import add_shard_size, make_parser, run, shard_bytes, size_of
+from _front import add_file_size, file_bytes, make_parser, run, size_of
 
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
@@ -26,7 +26,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         interleave=args.interleave,
         base_model=args.base_model,
         card_metrics=args.card_metrics,
-        shard_bytes=shard_bytes(args),
+        shard_bytes=file_bytes(args),
         plan_only=args.dry_run,
     )
     if args.dry_run:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--base-model", help="hub id of the static model, for the model card")
     parser.add_argument("--card-metrics", type=Path, help="JSON with scores and skip rate, or a run's report.json")
-    add_shard_size(parser)
+    add_file_size(parser, "--shard-gb", 2.0, ", if the source has several files")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)
 

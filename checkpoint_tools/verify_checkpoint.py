@@ -3,6 +3,7 @@
 Exit code 0 equal (or within the tolerance), 1 different, 2 bad input.
 
 python checkpoint_tools/verify_checkpoint.py A B
+python checkpoint_tools/verify_checkpoint.py A          # every file, against the hashes with which it was written
 python checkpoint_tools/verify_checkpoint.py A B --logits [--prompts FILE] [--dtype bfloat16] [--mask-zero-experts]
 """
 
@@ -22,19 +23,32 @@ _LINES_SHOWN = 20
 
 def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
     from megatron_zeda.conversion import verify_checkpoint
+    from megatron_zeda.conversion.verification import verify_files
     from megatron_zeda.errors import InputError
 
+    if args.logits and args.b is None:
+        raise InputError("needs two checkpoints", where="--logits", fix="give a second folder")
     if args.logits:
         return _compare_logits(args)
     for option in ("prompts", "dtype", "max_tokens", "tolerance", "mask_zero_experts"):
         if getattr(args, option):
             raise InputError("used without --logits", where="--" + option.replace("_", "-"), fix="add --logits")
+    if args.b is None:
+        found = verify_files(args.a)
+        result = {"equal": not found, "differences": found}
+        if not found:
+            return 0, result, ["every file has the size and the SHA-256 with which it was written"]
+        return 1, result, [f"different: {len(found)} files", *_shortened(found)]
     found = verify_checkpoint(args.a, args.b, hf_config=args.hf_config)
     result = {"equal": not found, "differences": found}
     if not found:
         return 0, result, ["equal: configuration, names, shapes, types and bits"]
-    more = [f"... and {len(found) - _LINES_SHOWN} more"] if len(found) > _LINES_SHOWN else []
-    return 1, result, [f"different: {len(found)} lines", *found[:_LINES_SHOWN], *more]
+    return 1, result, [f"different: {len(found)} lines", *_shortened(found)]
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = [f"... and {len(lines) - _LINES_SHOWN} more"] if len(lines) > _LINES_SHOWN else []
+    return [*lines[:_LINES_SHOWN], *more]
 
 
 def _compare_logits(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
@@ -68,7 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the tool."""
     parser = make_parser("Compare two checkpoints bit by bit, or by what they compute.")
     parser.add_argument("a", type=Path, help="Hugging Face or Megatron folder")
-    parser.add_argument("b", type=Path, help="Hugging Face or Megatron folder")
+    parser.add_argument(
+        "b",
+        type=Path,
+        nargs="?",
+        help="the other one; without it, the files of A are checked against its manifest",
+    )
     parser.add_argument(
         "--hf-config", type=Path, help="folder with config.json, for a Megatron checkpoint made by other tools"
     )

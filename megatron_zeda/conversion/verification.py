@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_zeda.conversion.folders import MANIFEST_FILE, read_errors, sha256
 from megatron_zeda.conversion.hf_folder import CONVERTIBLE, HfFolder, pieces_of
+from megatron_zeda.conversion.manifest import read_manifest
 from megatron_zeda.conversion.megatron_io import MegatronFolder, is_megatron_folder
 from megatron_zeda.conversion.progress import progress
 from megatron_zeda.conversion.safetensors_io import bytes_of
@@ -67,6 +69,40 @@ def verify_checkpoint(a: str | Path, b: str | Path, *, hf_config: str | Path | N
         second = MegatronFolder(b, layout=first.layout, hf_config=hf_config)
     found = [*config_differences(first, second), *differences(first, second)]
     return [*_why_not_compared(first, second), *found] if found else []
+
+
+def verify_files(folder: str | Path) -> list[str]:
+    """Compare the files of a result of these tools with the list in its manifest, for instance after copying it.
+
+    Returns:
+        One line for every file that is missing or not as it was written; empty if there is none.
+
+    Raises:
+        InputError: for a folder without such a list, or a file that cannot be read.
+    """
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        raise InputError("no such folder", where=folder, rule="a result of these tools")
+    files = read_manifest(folder).get("files")
+    if not isinstance(files, dict) or not all(isinstance(record, dict) for record in files.values()):
+        raise InputError(
+            f"no {MANIFEST_FILE} that lists its files",
+            where=folder,
+            rule="results of these tools have one",
+            fix="give a second folder to compare it with",
+        )
+    found = []
+    for name in progress(sorted(files), "verify"):
+        path, record = folder / name, files[name]
+        if not path.is_file():
+            found.append(f"{name}: missing")
+            continue
+        with read_errors(path):
+            if path.stat().st_size != record.get("bytes"):
+                found.append(f"{name}: {path.stat().st_size} bytes, and {record.get('bytes')} when it was written")
+            elif sha256(path) != record.get("sha256"):
+                found.append(f"{name}: another SHA-256 than when it was written")
+    return found
 
 
 def config_differences(first: HfFolder | MegatronFolder, second: HfFolder | MegatronFolder) -> list[str]:

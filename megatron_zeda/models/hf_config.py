@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,13 @@ def load_hf_config(folder: str | Path) -> HfConfig:
     """
     path = Path(folder) / "config.json"
     if not os.path.isdir(folder):  # False too for a name that no folder can have
-        raise InputError("no such folder", where=folder, rule="a Hugging Face checkpoint folder with config.json")
+        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder))
+        raise InputError(
+            "no such folder",
+            where=folder,
+            rule="a Hugging Face checkpoint folder with config.json",
+            fix=f"if it is an id of the hub, run `hf download {folder} --local-dir FOLDER` first" if hub_id else "",
+        )
     return HfConfig(read_json_object(path), where=path)
 
 
