@@ -155,7 +155,8 @@ def _source_files(source: MegatronFolder) -> dict[str, Path]:
 
 def _set_dtype(view: FormatView) -> None:
     """``config.json`` names the type that the weights really have."""
-    dtype = str(view.dtype(view.rows[0].pieces[0])).removeprefix("torch.")
+    row = next(row for row in view.rows if row.grow is None)  # selection biases, and some routers, are in float32
+    dtype = str(view.dtype(row.pieces[0])).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
         if key in view.config:
             view.config[key] = dtype
