@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,9 +15,13 @@ from typing import Any, Self
 import torch
 
 from megatron_zeda.conversion.folders import OutputFolder, read_errors
+from megatron_zeda.conversion.origins import record_of
 from megatron_zeda.errors import InputError
 
 _CHUNK_BYTES = 1 << 20
+_STEP_BYTES = 1 << 26
+_WAITING_BYTES = 1 << 26
+_QUEUE_LENGTH = 16  # parts of 4 MB: the hash may lag behind by no more
 
 
 class Verifier:
@@ -71,35 +77,52 @@ class Verifier:
 
 
 class SourceHashes:
-    """Hash source files in the background, and compare with what is known of them.
+    """Hash the files of a source while they are converted, and compare with what is known of them.
 
-    Reading ahead of the conversion, the thread also brings the files into the page cache, so the disk reads them once.
+    What the conversion reads is hashed as it passes by, so the bytes that were converted are the bytes that were
+    hashed, and the disk reads them once. What it does not read, or not in the order of the file, is read here.
     """
 
     def __init__(self, files: Mapping[str, Path], known: Mapping[str, str] | None = None) -> None:
         """Start.
 
         Args:
-            files: name -> file, in the order in which the conversion will read them.
+            files: name -> file.
             known: name -> SHA-256 that the file must have.
         """
-        self._files, self._known = dict(files), dict(known or {})
+        self._known = dict(known or {})
+        self._hashes = {name: _FileHash(path) for name, path in files.items()}
+        self._by_path = {hashed.path: (name, hashed) for name, hashed in self._hashes.items()}
+        self._queue: queue.Queue[tuple[Path, int, memoryview] | None] = queue.Queue(_QUEUE_LENGTH)
         self._stop = threading.Event()
+        self._error: BaseException | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
         self._future = self._thread.submit(self._work)
 
-    def check(self) -> None:
-        """Raise at once if a file was found wrong already."""
-        if self._future.done():
-            self._future.result()
-
-    def result(self) -> dict[str, dict[str, Any]]:
-        """Wait; name -> bytes and SHA-256.
+    def passed(self, path: Path, offset: int, data: memoryview) -> None:
+        """Note what was read of a file; the bytes must not change any more.
 
         Raises:
-            InputError: if a file cannot be read, or is not the one that its origin says.
+            InputError: if a file was found to be another one than its origin says.
         """
-        return self._future.result()
+        if self._error is not None:
+            raise self._error
+        if path in self._by_path:
+            self._queue.put((path, offset, data))
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """Hash what is left; name -> bytes and SHA-256.
+
+        Raises:
+            InputError: if a file cannot be read, changed meanwhile, or is not the one that its origin says.
+        """
+        self._queue.put(None)
+        self._future.result()
+        if self._error is not None:
+            raise self._error
+        for hashed in self._hashes.values():
+            hashed.require_unchanged()
+        return {name: hashed.record() for name, hashed in self._hashes.items()}
 
     def __enter__(self) -> Self:
         return self
@@ -108,28 +131,106 @@ class SourceHashes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        if not self._future.done():
+            self._queue.put(None)
         self._thread.shutdown()
 
-    def _work(self) -> dict[str, dict[str, Any]]:
-        hashes: dict[str, dict[str, Any]] = {}
-        for name, path in self._files.items():
-            hashes[name] = self._hash(path)
-            found, expected = hashes[name]["sha256"], self._known.get(name)
-            if expected is not None and expected != found and not self._stop.is_set():
-                raise InputError(
-                    "the file is not the one that was downloaded or written",
-                    where=path,
-                    value=f"sha256 {found}",
-                    rule=f"sha256 {expected} by the records beside it",
-                    fix="download or convert it again",
-                )
-        return hashes
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is None and not self._stop.is_set():
+                path, offset, data = item
+                name, hashed = self._by_path[path]
+                with self._errors():
+                    hashed.take(offset, data)
+                    self._compare(name, hashed)
+        for name, hashed in self._hashes.items():
+            if self._error is None and not self._stop.is_set():
+                with self._errors():
+                    hashed.finish(self._stop)
+                    self._compare(name, hashed)
 
-    def _hash(self, path: Path) -> dict[str, Any]:
-        digest, size = hashlib.sha256(), 0
-        buffer = memoryview(bytearray(_CHUNK_BYTES))  # used again and again: fresh memory costs more than hashing
-        with read_errors(path), path.open("rb", buffering=0) as file:
-            while not self._stop.is_set() and (count := file.readinto(buffer)):
-                digest.update(buffer[:count])
-                size += count
-        return {"bytes": size, "sha256": digest.hexdigest()}
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """A failure is kept for the main thread, and the queue goes on being emptied."""
+        try:
+            yield
+        except Exception as error:
+            self._error = error
+
+    def _compare(self, name: str, hashed: _FileHash) -> None:
+        if not hashed.complete:
+            return
+        expected = self._known.get(name)
+        found = hashed.record()["sha256"]
+        if expected is not None and expected != found:
+            raise InputError(
+                "the file is not the one that was downloaded or written",
+                where=hashed.path,
+                value=f"sha256 {found}",
+                rule=f"sha256 {expected} by {record_of(hashed.path)}",
+                fix="download or convert it again; if it was changed on purpose, remove that record",
+            )
+
+
+class _FileHash:
+    """The hash of one file, whose parts come in any order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._state = self._look()
+        self._size = self._state[0]
+        self._digest, self._position = hashlib.sha256(), 0
+        self._waiting: dict[int, memoryview] = {}
+
+    @property
+    def complete(self) -> bool:
+        return self._position == self._size
+
+    def record(self) -> dict[str, Any]:
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that somebody has changed since the conversion began."""
+        if self._look() != self._state:
+            raise InputError(
+                "the file changed while it was converted",
+                where=self.path,
+                fix="run the command again when it is complete",
+            )
+
+    def _look(self) -> tuple[int, ...]:
+        with read_errors(self.path):
+            found = self.path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+    def take(self, offset: int, data: memoryview) -> None:
+        """Hash a part, as soon as all before it are."""
+        if offset < self._position:
+            return  # it was read here, because it came too late
+        self._waiting[offset] = data
+        self._drain()
+        if sum(map(len, self._waiting.values())) > _WAITING_BYTES:
+            self._read_to(min(self._waiting))
+            self._drain()
+
+    def finish(self, stop: threading.Event) -> None:
+        """Read what never came."""
+        while not self.complete and not stop.is_set():
+            self._drain()
+            self._read_to(min([self._size, self._position + _STEP_BYTES, *self._waiting]))
+
+    def _drain(self) -> None:
+        while (data := self._waiting.pop(self._position, None)) is not None:
+            self._digest.update(data)
+            self._position += len(data)
+
+    def _read_to(self, end: int) -> None:
+        buffer = memoryview(bytearray(min(_CHUNK_BYTES, end - self._position)))
+        with read_errors(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self._position)
+            while self._position < end:
+                count = file.readinto(buffer[: end - self._position])
+                if not count:
+                    raise InputError("the file became shorter", where=self.path, fix="run the command again")
+                self._digest.update(buffer[:count])
+                self._position += count

@@ -1,7 +1,7 @@
-"""Files that are written and read back past the memory that the system keeps of them.
+"""Files that are read and written past the memory that the system keeps of them.
 
 A checkpoint is larger than that memory, so keeping it there costs time (every page is fetched and cleared first) and
-gives nothing; and what is read back shall come from the disk.
+gives nothing; and what is read back to be verified shall come from the disk.
 """
 
 from __future__ import annotations
@@ -12,30 +12,37 @@ import hashlib
 import io
 import mmap
 import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_zeda.conversion.folders import drop_from_cache, flush
+import torch
+
+from megatron_zeda.conversion.folders import drop_from_cache, flush, read_errors
 from megatron_zeda.errors import InputError
 
 _BLOCK_BYTES = 4096
 _BUFFER_BYTES = 1 << 23
+_PART_BYTES = (1 << 22) - _BLOCK_BYTES
+_MAX_OPEN = 8
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 class DiskFile:
-    """A finished file, read past the page cache into one buffer that is used again and again.
+    """A file, read past the page cache into one buffer that is used again and again.
 
     Asking the system to forget a file is only a request, and filling the cache a second time costs more than reading.
     File systems without direct access are read in the ordinary way, after that request.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Flush the file to the disk and open it."""
-        self._path = path
-        flush(path)
+    def __init__(self, path: Path, *, written: bool = True) -> None:
+        """Open the file; one that we have ``written`` is flushed to the disk first."""
+        self._path, self._written = path, written
+        if written:
+            flush(path)
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
@@ -70,6 +77,11 @@ class DiskFile:
                 done -= done % _BLOCK_BYTES
         return view[offset - begin : offset - begin + length]
 
+    def parts(self, offset: int, length: int) -> Iterator[memoryview]:
+        """The same bytes in parts of the size of the buffer, each valid until the next."""
+        for done in range(0, length, _PART_BYTES):
+            yield self.read(offset + done, min(length - done, _PART_BYTES))
+
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
@@ -93,8 +105,50 @@ class DiskFile:
         return os.preadv(self._descriptor, [view], offset)
 
     def _open_ordinarily(self) -> int:
-        drop_from_cache(self._path)
+        if self._written:
+            drop_from_cache(self._path)
         return os.open(self._path, os.O_RDONLY)
+
+
+class DiskFiles:
+    """The files of a checkpoint, of which a few are open at a time.
+
+    Attributes:
+        passed: is given the path, the offset and the bytes of everything that is read; it may keep them.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, DiskFile] = OrderedDict()
+        self.passed: Callable[[Path, int, memoryview], None] | None = None
+
+    def read(self, path: Path, offset: int, length: int) -> torch.Tensor:
+        """``length`` bytes of a file, as a tensor of bytes.
+
+        Raises:
+            InputError: if the file cannot be read, or ends before.
+        """
+        data = torch.empty(length, dtype=torch.uint8)
+        view, done = memoryview(data.numpy()), 0
+        with read_errors(path):
+            for part in self._file(path).parts(offset, length):
+                view[done : done + len(part)] = part
+                if self.passed is not None:
+                    self.passed(path, offset + done, view[done : done + len(part)])
+                done += len(part)
+        return data
+
+    def close(self) -> None:
+        """Close them."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _file(self, path: Path) -> DiskFile:
+        if path not in self._open:
+            self._open[path] = DiskFile(path, written=False)
+            if len(self._open) > _MAX_OPEN:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(path)
+        return self._open[path]
 
 
 class DiskWriter(io.RawIOBase):

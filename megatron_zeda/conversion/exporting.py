@@ -78,7 +78,7 @@ def megatron_to_hf(
         OutputFolder(hf, plan=plan) as out,
         SourceHashes({name: path for name, path in files.items() if name in known}, known) as hashes,
     ):
-        source.tensors.disk.passed = hashes.passed
+        source.watch(hashes.passed)
         written = write_hf(view, out, shard_bytes=limit, what="export")
         write_config(out.partial, view.config, source.family)
         for name, values in view.files.items():

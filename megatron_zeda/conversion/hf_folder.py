@@ -6,7 +6,7 @@ import importlib.resources
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,7 +51,7 @@ class HfFolder:
     Attributes:
         config: its configuration, in the ``zeda`` form.
         layout: how its experts lie on disk.
-        rows: its weight table.
+        rows: its weight table, in the order of its files.
         carried: tensors beside the model that it has, for instance a layer that only drafts; empty if it has none.
     """
 
@@ -74,6 +74,7 @@ class HfFolder:
         )
         self._widened = self._narrow_carried()
         self._check_tensors()
+        self.rows, self.carried = self.in_order(self.rows), self.in_order(self.carried)
 
     @property
     def num_zero_experts(self) -> int:
@@ -86,6 +87,14 @@ class HfFolder:
         manifest = self.path / MANIFEST_FILE
         exported = read_json_object(manifest).get("exported") if manifest.is_file() else None
         return exported.get("export_format") if isinstance(exported, dict) else None
+
+    def in_order(self, rows: Iterable[WeightRow]) -> list[WeightRow]:
+        """Rows of this folder's tensors in the order in which they lie in its files."""
+        return sorted(rows, key=lambda row: min(self.reader.place(piece.name, piece.slot) for piece in row.pieces))
+
+    def watch(self, passed: Callable[[Path, int, memoryview], None]) -> None:
+        """Call ``passed`` with the file, the offset and the bytes of all weights that are read from now on."""
+        self.reader.disk.passed = passed
 
     def read(self, piece: HfPiece) -> torch.Tensor:
         """Read one piece of the table."""

@@ -60,6 +60,7 @@ def hf_to_megatron(
             OutputFolder(megatron, plan=plan) as out,
             SourceHashes(files, known_hashes(source.path)) as hashes,
         ):
+            source.watch(hashes.passed)
             summary = write_megatron(source, dtypes, out, file_bytes=file_bytes)
             out.write_json(f"{HF_FOLDER}/config.json", source.config)
             copy_side_files(source.path, out.partial / HF_FOLDER)

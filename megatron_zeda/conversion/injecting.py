@@ -68,7 +68,7 @@ def inject_zero_experts(
             return dry_run(view, output, files.values(), file_sizes(plan_files(view, limit)))
         plan = make_plan("inject", files, num_zero_experts=zero, seed=seed, shard_bytes=limit)
         with OutputFolder(output, plan=plan) as out, SourceHashes(files, known_hashes(source.path)) as hashes:
-            source.reader.disk.passed = hashes.passed
+            source.watch(hashes.passed)
             written = write_hf(view, out, shard_bytes=limit, what="inject")
             write_config(out.partial, dynamic, source.family)
             copy_side_files(source.path, out.partial)
@@ -99,9 +99,9 @@ class _Injected:
     """
 
     def __init__(self, source: HfFolder, dynamic: dict[str, Any], seed: int) -> None:
-        self.rows = source.family.weight_table(dynamic, source.layout)
+        self.rows = source.in_order(source.family.weight_table(dynamic, source.layout))
         carried = source.family.carried_rows(dynamic, source.layout)
-        self.carried = present_carried(carried, source.reader.tensors.keys(), source.path)
+        self.carried = source.in_order(present_carried(carried, source.reader.tensors.keys(), source.path))
         rows = source.rows + source.carried
         self.grown = {piece.name: row.grow for row in rows for piece in row.pieces if row.grow is not None}
         self._source, self._seed = source, seed

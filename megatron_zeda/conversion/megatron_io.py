@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from megatron_zeda.conversion.folders import read_errors
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, present_carried
-from megatron_zeda.conversion.manifest import read_manifest
+from megatron_zeda.conversion.manifest import MANIFEST_FILE, read_manifest
 from megatron_zeda.conversion.megatron_keys import StoredBlock, find_block
 from megatron_zeda.conversion.pickles import check_pickles
 from megatron_zeda.conversion.safetensors_io import SafetensorsReader
@@ -57,7 +57,11 @@ def iteration_dir(folder: str | Path, iteration: int) -> Path:
 def is_megatron_folder(path: str | Path) -> bool:
     """Whether this is a Megatron checkpoint folder, or one of the checkpoints in such a folder."""
     path = Path(path)
-    return (path / TRACKER).exists() or _CHECKPOINT.fullmatch(path.name) is not None
+    if (path / TRACKER).exists():
+        return True
+    # A Hugging Face folder may have such a name too.
+    named = _CHECKPOINT.fullmatch(path.name) is not None
+    return named and ((path / ".metadata").exists() or not (path / "config.json").exists())
 
 
 def latest_checkpoint_dir(folder: str | Path) -> Path:
@@ -110,7 +114,7 @@ class MegatronFolder:
         iteration: its number; 0 for imported weights.
         folder: where it is.
         hf: where its ``config.json`` and tokenizer are.
-        rows: the weight table.
+        rows: the weight table, in the order in which it is stored.
         carried: tensors beside the model that it has; they are in :data:`CARRIED_FILE`.
     """
 
@@ -144,14 +148,21 @@ class MegatronFolder:
         self.config = load_hf_config(self.hf)
         self.family: Family = family_for(self.config)
         self.manifest = read_manifest(self.path)
-        self.layout: ExpertLayout = layout or self.manifest.get("expert_layout", "per_expert")
+        self.layout: ExpertLayout = layout or self._stored_layout()
         self.rows = self.family.weight_table(self.config, self.layout)
         self._beside = SafetensorsReader(self.hf, file=CARRIED_FILE) if (self.hf / CARRIED_FILE).exists() else None
         self.carried = self._find_carried()
         self.tensors = TorchDistReader(self.folder)
         self._blocks = self._find_blocks()
+        self.rows.sort(key=lambda row: self.tensors.place(self._blocks[str(row)].key, self._blocks[str(row)].index))
         self._row_of = {(piece.name, piece.slot): row for row in self.rows for piece in row.pieces}
         self._last: tuple[WeightRow, dict[HfPiece, torch.Tensor]] | None = None
+
+    def watch(self, passed: Callable[[Path, int, memoryview], None]) -> None:
+        """Call ``passed`` with the file, the offset and the bytes of all weights that are read from now on."""
+        self.tensors.disk.passed = passed
+        if self._beside is not None:
+            self._beside.disk.passed = passed
 
     def read(self, piece: HfPiece) -> torch.Tensor:
         """Read one Hugging Face piece."""
@@ -179,6 +190,18 @@ class MegatronFolder:
     def _carried_reader(self) -> SafetensorsReader:
         assert self._beside is not None  # otherwise there are no carried pieces
         return self._beside
+
+    def _stored_layout(self) -> ExpertLayout:
+        """How experts lay in the checkpoint that was imported."""
+        stored: ExpertLayout = self.manifest.get("expert_layout", "per_expert")
+        if stored not in get_args(ExpertLayout):
+            raise InputError(
+                "`expert_layout` is wrong",
+                where=self.path / MANIFEST_FILE,
+                value=stored,
+                rule=f"one of {', '.join(get_args(ExpertLayout))}",
+            )
+        return stored
 
     def _find_carried(self) -> list[WeightRow]:
         """Rows of what lies beside the model; the file must hold exactly those, in their shapes."""

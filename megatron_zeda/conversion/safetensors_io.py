@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import torch
 
-from megatron_zeda.conversion.disk_file import DiskFile, DiskWriter
+from megatron_zeda.conversion.disk_file import DiskFile, DiskFiles, DiskWriter
 from megatron_zeda.conversion.folders import read_errors
 from megatron_zeda.conversion.ledger import Ledger
 from megatron_zeda.errors import InputError, ZedaError
@@ -88,21 +88,23 @@ class SafetensorsReader:
                     rule=f"{INDEX_FILE} lists exactly the tensors of every shard",
                 )
             self.tensors.update(stored)
-        self._descriptors: dict[Path, int] = {}
+        self._numbers = {path: number for number, path in enumerate(self.files)}
+        self.disk = DiskFiles()
 
     def read(self, name: str, slot: int | None = None) -> torch.Tensor:
         """Read a tensor, or its ``slot``-th entry along axis 0."""
         info = self.tensors[name]
         shape, offset, nbytes = info.part(slot)
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
-        self._fill(memoryview(buffer.numpy()), info.file, offset, name)
-        return buffer.view(info.dtype).reshape(shape)
+        return self.disk.read(info.file, offset, nbytes).view(info.dtype).reshape(shape)
+
+    def place(self, name: str, slot: int | None = None) -> tuple[int, int]:
+        """Where a tensor or a slot lies: number of its file, offset in it. Reading goes fastest in this order."""
+        info = self.tensors[name]
+        return self._numbers[info.file], info.part(slot)[1]
 
     def close(self) -> None:
         """Close the files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
+        self.disk.close()
 
     def __enter__(self) -> Self:
         return self
@@ -111,20 +113,6 @@ class SafetensorsReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _fill(self, view: memoryview, path: Path, offset: int, name: str) -> None:
-        done = 0
-        while done < len(view):
-            with read_errors(path):
-                count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
-            if not count:
-                raise InputError("the file ended early", where=path, value=name, fix="download it again")
-            done += count
-
-    def _descriptor(self, path: Path) -> int:
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY)
-        return self._descriptors[path]
 
 
 def check_inside(path: Path, folder: Path) -> None:
@@ -336,8 +324,8 @@ class SafetensorsWriter:
         """The checksum of a piece on the disk."""
         _, offset, nbytes = info.part(slot)
         found = 0
-        for done in range(0, nbytes, _CHUNK_BYTES):
-            found = zlib.crc32(file.read(offset + done, min(nbytes - done, _CHUNK_BYTES)), found)
+        for part in file.parts(offset, nbytes):
+            found = zlib.crc32(part, found)
         return found
 
     def _parts(self, name: str) -> Iterable[int | None]:
