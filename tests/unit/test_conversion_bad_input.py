@@ -366,6 +366,9 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(
     with pytest.raises(InputError, match="exists"):
         inject_zero_experts(static, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out").rmdir()
+    monkeypatch.undo()
+    inject_zero_experts(static, tmp_path / "out")  # what was finished is still there
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -28,9 +28,10 @@ def _flip(path: Path) -> Path:
     return path
 
 
-def _refused(source: Path, path: Path) -> None:
+def _refused(source: Path, path: Path, record: Path) -> None:
+    said = f"{path.name}: the file is not the one that was downloaded or written.*by {record};"
     for convert in (inject_zero_experts, hf_to_megatron):
-        with pytest.raises(InputError, match=f"{path.name}: the file is not the one that was downloaded or written"):
+        with pytest.raises(InputError, match=said):
             convert(source, source.parent / "out")
         assert nothing_beside(source.parent / "out")
 
@@ -84,7 +85,8 @@ def test_a_downloaded_folder_is_checked(tmp_path: Path, sharded: Path) -> None:
     source = _downloaded(tmp_path / "hf", sharded)
     manifest = inject_zero_experts(source, tmp_path / "good")
     assert manifest["source"]["revision"] == COMMIT
-    _refused(source, _flip(sorted(source.glob("*.safetensors"))[1]))
+    path = _flip(sorted(source.glob("*.safetensors"))[1])
+    _refused(source, path, source / f".cache/huggingface/download/{path.name}.metadata")
 
 
 def test_a_snapshot_in_the_hub_s_cache_is_checked(tmp_path: Path, sharded: Path) -> None:
@@ -93,7 +95,7 @@ def test_a_snapshot_in_the_hub_s_cache_is_checked(tmp_path: Path, sharded: Path)
     assert (manifest["source"]["name"], manifest["source"]["revision"]) == ("Owner/Some-Model", COMMIT)
     path = sorted(snapshot.glob("*.safetensors"))[1]
     _flip(path.resolve())
-    _refused(snapshot, path)
+    _refused(snapshot, path, path)
 
 
 def test_our_own_result_is_checked_but_its_configuration_may_be_edited(tmp_path: Path, sharded: Path) -> None:
@@ -102,9 +104,12 @@ def test_our_own_result_is_checked_but_its_configuration_may_be_edited(tmp_path:
     (tmp_path / "hf/config.json").write_text(json.dumps({**config, "zeda_zero_logit_bias": 0.5}))
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     path = _flip(sorted((tmp_path / "hf").glob("*.safetensors"))[1])
-    with pytest.raises(InputError, match=f"{path.name}: the file is not the one"):
+    manifest = tmp_path / "hf/zeda_manifest.json"
+    with pytest.raises(InputError, match=f"{path.name}: the file is not the one.*by {manifest};.*on purpose, remove"):
         hf_to_megatron(tmp_path / "hf", tmp_path / "out")
     assert nothing_beside(tmp_path / "out")
+    manifest.unlink()  # it was edited on purpose, with another tool
+    hf_to_megatron(tmp_path / "hf", tmp_path / "out")
 
 
 def test_an_imported_checkpoint_is_checked_on_export(tmp_path: Path, sharded: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import importlib
 import io
@@ -12,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,11 +171,17 @@ def test_an_unreadable_input_is_named_while_the_output_is_being_written(
     monkeypatch.setattr(os, "preadv", _broken_disk)
     line = _error(tools[name], _arguments(name, str(source), str(tmp_path / "other")), capsys)
     assert line.startswith(f"error: {source}/model.safetensors: cannot be read (Input/output error)")
-    assert {path.name for path in tmp_path.iterdir()} == {"in", ".out.partial", ".out.partial.journal"}
+    assert not (tmp_path / "out").exists() and not (tmp_path / "other").exists()
 
 
 def _broken_disk(*args: Any) -> int:
     raise OSError(errno.EIO, "Input/output error")
+
+
+def _denied(path: Path, real: Callable[..., Any], name: Any, *args: Any, **options: Any) -> Any:
+    if isinstance(name, (str, Path)) and Path(name) == path:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    return real(name, *args, **options)
 
 
 @pytest.mark.parametrize("file", ["latest_checkpointed_iteration.txt", ".metadata", "__1_0.distcp", "__0_0.distcp"])
@@ -188,15 +197,8 @@ def test_a_megatron_file_that_cannot_be_read_is_named(
     assert tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(source)]) == 0
     capsys.readouterr()
     (path,) = source.rglob(file)
-    real = io.open
-
-    def denied(name: Any, *args: Any, **options: Any) -> Any:
-        if name == path:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(io, "open", denied)
-    monkeypatch.setattr("builtins.open", denied)
+    for module, real in ((io, io.open), (builtins, io.open), (os, os.open)):
+        monkeypatch.setattr(module, "open", partial(_denied, path, real))
     line = _error(tools["megatron_to_hf"], _arguments("megatron_to_hf", str(source), str(tmp_path / "out")), capsys)
     assert line.startswith(f"error: {path}: cannot be read (Permission denied)")
     assert not any("out" in path.name for path in tmp_path.iterdir())
@@ -377,6 +379,66 @@ def test_another_configuration_is_another_model(
     assert tools["verify_checkpoint"].main([str(dynamic), str(other)]) == int(said is not None)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == ([] if said is None else [f"config.json: {key} {said}"])
+
+
+def test_a_copy_is_checked_alone(
+    tools: dict[str, ModuleType], tmp_path: Path, dynamic: Path, static: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(dynamic, tmp_path / "copy")
+    verify = tools["verify_checkpoint"].main
+    assert verify([str(copy)]) == 0
+    assert "every file" in capsys.readouterr().out
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    (copy / "config.json").write_text("{}")
+    (copy / "modeling_zeda_base.py").unlink()
+    assert verify([str(copy)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "different: 3 files"
+    assert lines[1].startswith("config.json: 2 bytes, and ")
+    assert lines[2:] == [
+        "model.safetensors: another SHA-256 than when it was written",
+        "modeling_zeda_base.py: missing",
+    ]
+    assert verify([str(static)]) == 2
+    assert "no zeda_manifest.json that lists its files" in capsys.readouterr().err
+    assert verify([str(copy), "--logits"]) == 2
+    assert "needs two checkpoints" in capsys.readouterr().err
+
+
+def test_an_id_of_the_hub_is_not_a_folder(
+    tools: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in NAMES[:2]:
+        line = _error(tools[name], _arguments(name, "Qwen/Qwen3-30B-A3B", str(tmp_path / "out")), capsys)
+        assert line.endswith("run `hf download Qwen/Qwen3-30B-A3B --local-dir FOLDER` first")
+
+
+def test_the_size_of_an_import_s_files(tools: dict[str, ModuleType], tmp_path: Path, static: Path) -> None:
+    for size, several in (("2", False), ("0.00002", True)):
+        out = tmp_path / size
+        assert tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(out), "--file-gb", size]) == 0
+        assert (len(list(out.glob("release/*.distcp"))) > 3) == several
+
+
+@pytest.mark.parametrize("name", ["release", "iter_0000100"])
+def test_a_hugging_face_folder_may_have_any_name(
+    tools: dict[str, ModuleType], tmp_path: Path, static: Path, name: str
+) -> None:
+    named = shutil.copytree(static, tmp_path / name)
+    assert tools["verify_checkpoint"].main([str(named), str(static)]) == 0
+
+
+def test_a_manifest_with_an_unknown_layout_is_refused(
+    tools: dict[str, ModuleType], tmp_path: Path, static: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, manifest = tmp_path / "megatron", tmp_path / "megatron/zeda_manifest.json"
+    tools["hf_to_megatron"].main(["--hf", str(static), "--megatron", str(source)])
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "expert_layout": "bogus"}))
+    capsys.readouterr()
+    line = _error(tools["megatron_to_hf"], _arguments("megatron_to_hf", str(source), str(tmp_path / "out")), capsys)
+    assert line.startswith(f"error: {manifest}: `expert_layout` is wrong (got 'bogus')")
 
 
 def test_two_expert_layouts_are_not_compared_without_saying_so(tmp_path: Path) -> None:
