@@ -116,7 +116,7 @@ def _manifest(source: MegatronFolder, view: FormatView, exported: dict[str, Any]
         "num_experts": source.family.num_experts(config),
         "num_zero_experts": source.family.num_zero_experts(config),
     }
-    return {**known, **numbers, "exported": {"from": source.folder.name, **exported}}
+    return {**known, **numbers, "tool": "megatron_to_hf", "exported": {"from": source.folder.name, **exported}}
 
 
 def _card(source: MegatronFolder, view: FormatView, summary: dict[str, Any], metrics: CardMetrics) -> str:

@@ -69,6 +69,7 @@ def hf_to_megatron(
             out.manifest = make_manifest(
                 source,
                 files=hashes.result(),
+                tool="hf_to_megatron",
                 key_style=KEY_STYLE,
                 expert_layout=source.layout,
                 sharded=source.reader.sharded,

@@ -76,6 +76,7 @@ def inject_zero_experts(
             out.manifest = make_manifest(
                 source,
                 files=hashes.result(),
+                tool="inject_zero_experts",
                 num_zero_experts=zero,
                 injection_seed=seed,
                 expert_layout=source.layout,

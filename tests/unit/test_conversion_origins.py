@@ -75,6 +75,10 @@ def test_the_manifest_records_every_file_of_source_and_result(tmp_path: Path, sh
         }
         for name, record in files.items():
             assert record == {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    assert manifest["tool"] == "inject_zero_experts"
+    assert hf_to_megatron(tmp_path / "out", tmp_path / "megatron")["tool"] == "hf_to_megatron"
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert json.loads((tmp_path / "back/zeda_manifest.json").read_text())["tool"] == "megatron_to_hf"
     assert manifest["source"]["name"] == "hf" and manifest["source"]["revision"] is None
     assert manifest["versions"].keys() == {"megatron_zeda", "megatron-core", "torch", "transformers"}
     everything = {path.name for path in (tmp_path / "out").iterdir()}
