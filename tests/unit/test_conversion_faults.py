@@ -115,7 +115,9 @@ def _check(source: Path, fault: Fault, target: str, reference: Path, tools: tupl
         found = _found_by(tool, source, reference)
         assert found is not None, f"{tool} accepts it"
         if not found.startswith(str(source)):
-            assert found.startswith("model."), found  # the lines of a comparison, one for every tensor
+            assert found.startswith(("model.", "lm_head.")), found  # the lines of a comparison, one for every tensor
+            tensors = [word for word in words if word.startswith(("model.", "lm_head."))]
+            assert not tensors or any(word in found for word in tensors), f"{tool} says: {found}"
             continue
         for word in words:
             assert word in found, f"{tool} says: {found}"
@@ -319,6 +321,7 @@ def _tried() -> dict[str, int]:
 
 
 def test_the_documented_count_is_what_is_tried() -> None:
+    """What is caught is a test of its own each time, here and in test_conversion_killed.py, and fails otherwise."""
     tried = _tried()
     tried["together"] = sum(tried.values())
     rows = dict(re.findall(r"^\| ([^|]+?) \|[^|]*\|[^|]*\| ([\d,]+) \| [\d,]+ \|$", DOCUMENT.read_text(), re.M))

@@ -67,13 +67,13 @@ def test_killed_at_random_points(
     """Every second point is in the last tenth of the run, where files are renamed and journals removed."""
     contents, count, _ = undisturbed[tool]
     generator = random.Random(tool)
-    points = generator.sample(range(count - count // 10), POINTS // 2)
-    points += generator.sample(range(count - count // 10, count), min(POINTS // 2, count // 10))
-    points += generator.sample(range(count), POINTS - len(points))
-    kept = killed = 0
-    for number, point in enumerate(points):
+    kept = killed = number = 0
+    while killed < POINTS:
+        point = generator.randrange(*((0, count) if number % 2 else (count - count // 10, count)))
+        number += 1
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
+        # Threads make the number of calls vary a little: a run that ended before its point was not killed.
         killed += in_child(tool, sources[tool], out, point, MANNERS[number % len(MANNERS)]) is None
         finished = _finished(out)
         if out.exists():  # killed when all was done: complete, and only the journal may be left
@@ -87,7 +87,7 @@ def test_killed_at_random_points(
             assert (out / name).stat().st_ino == inode, f"{name} was written again"
         kept += bool(finished)
         shutil.rmtree(out.parent)
-    assert killed >= POINTS - 2, killed  # threads make the number of calls vary a little
+        assert number < 2 * POINTS, "most runs are not killed"
     assert kept >= POINTS // 4, kept  # in many runs there was something to continue
 
 
