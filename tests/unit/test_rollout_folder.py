@@ -49,10 +49,7 @@ def test_a_dynamic_folder_runs_the_installed_code(tiny_dynamic: Path) -> None:
         assert torch.equal(block.mlp.experts.down_proj[5], down)
 
 
-def test_the_folders_code_runs_only_when_it_is_trusted(
-    dynamic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_the_folders_code_runs_only_when_it_is_trusted(dynamic: Path) -> None:
     with pytest.raises(InputError, match="code from a folder was run"):
         load_model(dynamic, device=CPU, trust_remote_code=True)
 
