@@ -24,7 +24,6 @@ from typing import Any, Self
 from megatron_zeda.errors import FULL, InputError, ZedaError, disk_errors, is_out_of_memory
 
 MANIFEST_FILE = "zeda_manifest.json"
-_CHUNK_BYTES = 1 << 22
 _log = logging.getLogger(__name__)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from megatron_zeda.conversion.folders import MANIFEST_FILE, sha256, write_json
+from megatron_zeda.conversion.folders import MANIFEST_FILE, write_json
 from megatron_zeda.conversion.formats import as_zeda
 from megatron_zeda.conversion.safetensors_io import SafetensorsReader, check_inside
 from megatron_zeda.errors import InputError
@@ -122,11 +122,6 @@ class HfFolder:
         side_files(self.path)  # before anything is written
         order = {self.reader.tensors[piece.name].file: None for piece in pieces_of(self.rows + self.carried)}
         return {path.name: path for path in (self.path / "config.json", *order)}
-
-    def file_hashes(self) -> dict[str, dict[str, Any]]:
-        """Name -> size and SHA-256 of the configuration and of every weight file."""
-        files = [self.path / "config.json", *self.reader.files]
-        return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
     def close(self) -> None:
         """Close the files."""

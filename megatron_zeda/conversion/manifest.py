@@ -44,12 +44,12 @@ def make_plan(tool: str, files: Mapping[str, Path], **options: Any) -> dict[str,
     return {"tool": tool, "versions": versions(), "files": found, "options": options}
 
 
-def make_manifest(source: HfFolder, *, files: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def make_manifest(source: HfFolder, *, files: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Describe what was made from ``source``.
 
     Args:
         source: the Hugging Face folder.
-        files: name -> bytes and SHA-256 of its files; computed if not given.
+        files: name -> bytes and SHA-256 of its files.
         more: further entries.
     """
     earlier, name = read_manifest(source.path), source_name(source.path)
@@ -64,7 +64,7 @@ def make_manifest(source: HfFolder, *, files: dict[str, Any] | None = None, **mo
         "source": {
             "name": name,
             "revision": source_revision(source.path),
-            "files": files or source.file_hashes(),
+            "files": files,
         },
         **more,
     }

@@ -25,7 +25,6 @@ from megatron_zeda.errors import InputError, ZedaError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_CHUNK_BYTES = 1 << 22
 _MAX_HEADER_BYTES = 100 * 10**6
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
