@@ -96,7 +96,7 @@ def _required(config: Config) -> Iterator[Problem]:
             f"the length of the run is train_iters or train_epochs, and {found} given",
             "give exactly one",
         )
-    if config.distillation.cross_entropy == 0 and config.distillation.forward_kl == 0:
+    if config.cross_entropy == 0 and config.distillation.forward_kl == 0 and config.reverse_kl == 0:
         yield Problem(
             "objective", ("distillation.cross_entropy",), "every term of the objective has weight 0", "use 1.0"
         )

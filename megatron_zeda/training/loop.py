@@ -263,7 +263,7 @@ def _loop(
             student.optimizer,
             student.scheduler,
             batch,
-            ce_weight=config.distillation.cross_entropy,
+            ce_weight=config.cross_entropy,
             stop=stop.requested(),
         )
         statistics = router_statistics(student.chunks)
@@ -323,7 +323,7 @@ def _step_values(
     balance = config.zero_experts.balance_coeff * sum(statistics.balance_loss_per_layer)
     return {
         "step": progress.iteration,
-        "loss": config.distillation.cross_entropy * result.ce + balance,
+        "loss": config.cross_entropy * result.ce + balance,
         "ce": result.ce,
         "kl_forward": None,
         "kl_reverse": None,
