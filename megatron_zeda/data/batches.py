@@ -8,7 +8,7 @@ Shapes: B micro-batch (1 when packed), S sequence of the whole context-parallel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -36,6 +36,10 @@ class MicroBatch:
             whole context-parallel group. Padding at the end of a sequence belongs to it: causal attention keeps it away
             from the tokens before.
         max_seqlen: the longest of those sequences.
+        old_logprobs: float32, log-probability of the label as the engine that sampled it gave it, 0 where the loss mask
+            is 0; None unless the samples are rollouts of a stage-2 step.
+        routing: ``[B, s, L, K]`` int16, the experts of every token in each of the model's L MoE layers as it was routed
+            when it was sampled; None unless that is replayed. Padding is routed to experts 0 to K - 1.
     """
 
     tokens: Tensor
@@ -45,6 +49,8 @@ class MicroBatch:
     padding_mask: Tensor
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    old_logprobs: Tensor | None = None
+    routing: Tensor | None = None
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of ``GPTModel.forward`` that every pass over this micro-batch has in common."""
@@ -170,14 +176,19 @@ class BatchBuilder:
 
         Sample ``i`` of the global batch goes to the same micro-step whatever the data-parallel size, as in Megatron-LM.
         """
-        picked = [None if i is None else self.samples[i] for i in chosen]
+        return self.build_samples([None if i is None else self.samples[i] for i in chosen])
+
+    def build_samples(self, picked: Sequence[Sample | None]) -> GlobalBatch:
+        """The batch of these samples (``global_batch_size`` of them, one at least), which need not be the builder's."""
         present = [sample for sample in picked if sample is not None]
         seq_length = _round_up(max(sample.num_inputs for sample in present), self.layout.length_multiple)
         stride = self.micro_batch_size * self.layout.data_parallel_size
         begin = self.layout.data_parallel_rank * self.micro_batch_size
-        starts = range(begin, len(picked), stride)
+        starts, extras = range(begin, len(picked), stride), _extras(present)
         return GlobalBatch(
-            micro_batches=[self._rows(picked[start : start + self.micro_batch_size], seq_length) for start in starts],
+            micro_batches=[
+                self._rows(picked[start : start + self.micro_batch_size], seq_length, extras) for start in starts
+            ],
             seq_length=seq_length,
             loss_tokens=sum(sample.num_loss_tokens for sample in present),
             tokens=sum(sample.num_inputs for sample in present),
@@ -185,17 +196,18 @@ class BatchBuilder:
             micro_steps=sum(any(s is not None for s in picked[i : i + stride]) for i in range(0, len(picked), stride)),
         )
 
-    def _rows(self, rows: Sequence[Sample | None], seq_length: int) -> MicroBatch:
-        streams = [_stream([row], [seq_length]) for row in rows]
-        whole = [np.stack(arrays) for arrays in zip(*streams, strict=True)]
-        return MicroBatch(*self._mine(whole, torch.tensor([0, seq_length])))
+    def _rows(self, rows: Sequence[Sample | None], seq_length: int, extras: _Extras) -> MicroBatch:
+        streams = [_stream([row], [seq_length], extras) for row in rows]
+        whole = {name: np.stack([stream[name] for stream in streams]) for name in streams[0]}
+        return MicroBatch(**self._mine(whole, torch.tensor([0, seq_length])))
 
-    def _mine(self, arrays: Sequence[Array], boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """This rank's part of arrays ``[B, S]`` whose rows are the sequences between ``boundaries``."""
+    def _mine(self, arrays: Mapping[str, Array], boundaries: Tensor) -> dict[str, Any]:
+        """This rank's part of arrays ``[B, S, ...]`` whose rows are the sequences between ``boundaries``."""
         size, rank = self.layout.context_parallel_size, self.layout.context_parallel_rank
-        indices = thd_partition_indices(boundaries, arrays[0].shape[1], size, rank)
-        a, b, c, d, e = (torch.from_numpy(array).index_select(1, indices).to(self.device) for array in arrays)
-        return a, b, c, d, e
+        indices = thd_partition_indices(boundaries, arrays["tokens"].shape[1], size, rank)
+        return {
+            name: torch.from_numpy(array).index_select(1, indices).to(self.device) for name, array in arrays.items()
+        }
 
 
 class PackedBatchBuilder(BatchBuilder):
@@ -227,19 +239,19 @@ class PackedBatchBuilder(BatchBuilder):
     def _check_sizes(self) -> None:
         """Nothing: any number of samples can be packed."""
 
-    def build(self, chosen: Sequence[int | None]) -> GlobalBatch:
-        """The batch of these sample indices; ``None`` is no sample."""
+    def build_samples(self, picked: Sequence[Sample | None]) -> GlobalBatch:
+        """The batch of these samples, however many; ``None`` is no sample."""
         layout, size = self.layout, self.layout.data_parallel_size
-        present = [self.samples[i] for i in chosen if i is not None]
+        present = [sample for sample in picked if sample is not None]
         multiple = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
         lengths = [_round_up(sample.num_inputs, multiple) for sample in present]
         packs = pack_conversations(lengths, capacity=self.pack_length, multiple=size * layout.micro_batch_multiple)
         longest_pack = max(sum(lengths[i] for i in pack) for pack in packs)
         seq_length = _round_up(longest_pack, layout.length_multiple)
-        mine = packs[layout.data_parallel_rank :: size]
+        mine, extras = packs[layout.data_parallel_rank :: size], _extras(present)
         return GlobalBatch(
             micro_batches=[
-                self._pack([present[i] for i in pack], [lengths[i] for i in pack], seq_length, max(lengths))
+                self._pack([present[i] for i in pack], [lengths[i] for i in pack], seq_length, max(lengths), extras)
                 for pack in mine
             ],
             seq_length=seq_length,
@@ -249,33 +261,67 @@ class PackedBatchBuilder(BatchBuilder):
             micro_steps=sum(any(packs[i : i + size]) for i in range(0, len(packs), size)),
         )
 
-    def _pack(self, samples: list[Sample], lengths: list[int], seq_length: int, longest: int) -> MicroBatch:
+    def _pack(
+        self, samples: list[Sample], lengths: list[int], seq_length: int, longest: int, extras: _Extras
+    ) -> MicroBatch:
         rest = seq_length - sum(lengths)
         tail = [min(longest, rest - start) for start in range(0, rest, longest)]
         every = [*lengths, *tail]
-        stream = _stream([*samples, *[None] * len(tail)], every)
+        stream = _stream([*samples, *[None] * len(tail)], every, extras)
         boundaries = torch.tensor([0, *accumulate(every)], dtype=torch.int32)
         return MicroBatch(
-            *self._mine([array[None] for array in stream], boundaries),
+            **self._mine({name: array[None] for name, array in stream.items()}, boundaries),
             cu_seqlens=boundaries.to(self.device),
             max_seqlen=max(every),
         )
 
 
-def _stream(rows: Sequence[Sample | None], lengths: Sequence[int]) -> list[Array]:
-    """Samples one behind the other, each with padding up to its length: the tensors of a micro-batch, ``[S]``."""
+@dataclass(frozen=True)
+class _Extras:
+    """What the micro-batches of a step hold beside its tokens, which empty ones must hold too.
+
+    Attributes:
+        logprobs: whether the samples have log-probabilities.
+        routing: ``[L, K]`` of their routing; None where they have none.
+    """
+
+    logprobs: bool
+    routing: tuple[int, int] | None
+
+
+def _extras(samples: Sequence[Sample]) -> _Extras:
+    first = samples[0]
+    shape = None if first.routing is None else (first.routing.shape[1], first.routing.shape[2])
+    return _Extras(logprobs=first.logprobs is not None, routing=shape)
+
+
+def _stream(rows: Sequence[Sample | None], lengths: Sequence[int], extras: _Extras) -> dict[str, Array]:
+    """Samples one behind the other, each with padding up to its length: the tensors of a micro-batch, ``[S, ...]``."""
     total = sum(lengths)
-    tokens, labels = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
-    loss_mask, padding_mask = np.zeros(total, dtype=np.float32), np.ones(total, dtype=np.bool_)
-    position_ids = np.concatenate([np.arange(length) for length in lengths])
+    stream: dict[str, Array] = {
+        "tokens": np.zeros(total, dtype=np.int64),
+        "labels": np.zeros(total, dtype=np.int64),
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "loss_mask": np.zeros(total, dtype=np.float32),
+        "padding_mask": np.ones(total, dtype=np.bool_),
+    }
+    if extras.logprobs:
+        stream["old_logprobs"] = np.zeros(total, dtype=np.float32)
+    if extras.routing is not None:
+        num_layers, topk = extras.routing
+        stream["routing"] = np.tile(np.arange(topk, dtype=np.int16), (total, num_layers, 1))
     start = 0
     for sample, length in zip(rows, lengths, strict=True):
         if sample is not None:
             span = slice(start, start + sample.num_inputs)
-            tokens[span], labels[span] = sample.tokens[:-1], sample.tokens[1:]
-            loss_mask[span], padding_mask[span] = sample.is_response[1:], False
+            stream["tokens"][span], stream["labels"][span] = sample.tokens[:-1], sample.tokens[1:]
+            stream["loss_mask"][span], stream["padding_mask"][span] = sample.is_response[1:], False
+            if sample.logprobs is not None and extras.logprobs:
+                stream["old_logprobs"][span] = sample.logprobs[1:]
+            if sample.routing is not None and extras.routing is not None:
+                stream["routing"][span] = sample.routing
         start += length
-    return [tokens, labels, position_ids, loss_mask, padding_mask]
+    return stream
 
 
 def _round_up(value: int, multiple: int) -> int:

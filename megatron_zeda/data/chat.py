@@ -31,6 +31,10 @@ class Sample:
         where: ``file:line`` it came from.
         cut_to_sequence: the response ran past the sequence and was cut there.
         stopped_at_limit: a rollout that ended because it was long enough, not because it was finished.
+        logprobs: ``[n]`` float32, the natural logarithm of each response token's probability as the engine that sampled
+            it gave it, 0 elsewhere; None where nobody needs them.
+        routing: ``[n - 1, L, K]`` int16, the experts that every token the model reads was routed to when the response
+            was sampled, in each of its L MoE layers; None where nobody needs them.
     """
 
     tokens: NDArray[np.int32]
@@ -38,6 +42,8 @@ class Sample:
     where: str
     cut_to_sequence: bool = False
     stopped_at_limit: bool = False
+    logprobs: NDArray[np.float32] | None = None
+    routing: NDArray[np.int16] | None = None
 
     @property
     def num_inputs(self) -> int:
