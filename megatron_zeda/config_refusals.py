@@ -258,7 +258,6 @@ NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
     Refusal("distillation.estimator", "only the full-vocabulary KL is in this version", "use full"),
     Refusal("distillation.temperature", "the KL is measured at temperature 1 in this version", "use 1.0"),
     Refusal("zero_experts.method", "only the ZEDA method is in this version", "use zeda"),
-    Refusal("zero_experts.balance_tokens", "the loss balances all tokens in this version", "use all"),
     Refusal("zero_experts.skip_rate_gain", "w is fixed in this version", "use 0"),
     Refusal("train.trainable", "all parameters are trained in this version", "use all"),
     Refusal("train.max_skipped_steps", "the number is fixed in this version", "use 10"),

@@ -265,6 +265,7 @@ def _loop(
             batch,
             ce_weight=config.cross_entropy,
             stop=stop.requested(),
+            balance_tokens=config.zero_experts.balance_tokens,
         )
         statistics = router_statistics(student.chunks)
         seconds = time.perf_counter() - started

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from megatron_zeda.data import GlobalBatch, MicroBatch
 from megatron_zeda.zero_experts import set_loss_tokens
+
+
+BalanceTokens = Literal["all", "response"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,14 @@ class StepResult:
 
 
 def train_step(
-    chunks: list[Any], optimizer: Any, scheduler: Any, batch: GlobalBatch, *, ce_weight: float, stop: bool
+    chunks: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    batch: GlobalBatch,
+    *,
+    ce_weight: float,
+    stop: bool,
+    balance_tokens: BalanceTokens = "all",
 ) -> StepResult:
     """Run one step on every rank.
 
@@ -49,13 +59,14 @@ def train_step(
         batch: this rank's share of the global batch.
         ce_weight: weight of the cross entropy in the objective.
         stop: whether this rank wants to stop.
+        balance_tokens: which tokens the routers balance and count.
     """
     set_loss_tokens(batch.loss_tokens / batch.micro_steps)  # the balancing loss is the mean over them
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses: list[Tensor] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, ce_weight=ce_weight),
+        forward_step_func=partial(_forward_step, ce_weight=ce_weight, balance_tokens=balance_tokens),
         data_iterator=[iter(batch.micro_batches) for _ in chunks],
         model=chunks,
         num_microbatches=len(batch.micro_batches),
@@ -77,11 +88,25 @@ def train_step(
     return StepResult(ce=ce, grad_norm=grad_norm, updated=updated, stop=wants_stop)
 
 
-def _forward_step(iterator: Iterator[MicroBatch], model: Any, *, ce_weight: float) -> tuple[Tensor, Any]:
+def _forward_step(
+    iterator: Iterator[MicroBatch], model: Any, *, ce_weight: float, balance_tokens: BalanceTokens
+) -> tuple[Tensor, Any]:
     """What Megatron's schedules call for one micro-batch of one model chunk."""
     micro = next(iterator)
-    losses_BS = model(**micro.model_inputs(), labels=micro.labels)
+    losses_BS = model(**training_inputs(micro, balance_tokens), labels=micro.labels)
     return losses_BS, partial(_masked_loss, micro.loss_mask, ce_weight)
+
+
+def training_inputs(micro: MicroBatch, balance_tokens: BalanceTokens) -> dict[str, Any]:
+    """``GPTModel.forward``'s arguments for the student's training pass.
+
+    Only the routers read the padding mask, and only to know what they balance and count: with ``response`` the
+    positions that predict a response token, as validation counts them.
+    """
+    inputs = micro.model_inputs()
+    if balance_tokens == "response":
+        inputs["padding_mask"] = micro.loss_mask == 0
+    return inputs
 
 
 def _masked_loss(loss_mask_BS: Tensor, ce_weight: float, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
