@@ -1,7 +1,24 @@
-"""What compares the student with its frozen teacher: the divergence, the teacher itself, and the gate between them."""
+"""What compares the student with its frozen teacher: objectives, the teacher itself, and the gate between them."""
 
-from megatron_zeda.distillation.forward import Scores, TeacherStates, num_bytes, score
+from megatron_zeda.distillation.estimators import SUM_NAMES, combine_sums
+from megatron_zeda.distillation.forward import Scores, TeacherStates, num_bytes, ready_weight, score, whole_hidden
 from megatron_zeda.distillation.kl import vocab_parallel_kl
-from megatron_zeda.distillation.teacher import FrozenTeacher, parity_gate
+from megatron_zeda.distillation.objective import Objective, linear_objective
+from megatron_zeda.distillation.teacher import FrozenTeacher, check_sane, parity_gate
 
-__all__ = ["FrozenTeacher", "Scores", "TeacherStates", "num_bytes", "parity_gate", "score", "vocab_parallel_kl"]
+__all__ = [
+    "SUM_NAMES",
+    "FrozenTeacher",
+    "Objective",
+    "Scores",
+    "TeacherStates",
+    "check_sane",
+    "combine_sums",
+    "linear_objective",
+    "num_bytes",
+    "parity_gate",
+    "ready_weight",
+    "score",
+    "vocab_parallel_kl",
+    "whole_hidden",
+]
