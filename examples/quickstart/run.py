@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shlex
 import shutil
 import subprocess
@@ -18,16 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import tasks
+from inputs import HERE, REPOSITORY, Command, Sizes, evaluation, teacher_rollouts, tool, write_prompts, zeda
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
-HELD_OUT_TEXT = HERE / "heldout_text.txt"
-
-NUM_TRAIN_FACTS, NUM_TRAIN_ALGORITHMS = 7500, 4000
-NUM_HELD_OUT_FACTS, NUM_HELD_OUT_ALGORITHMS = 1000, 200
-NUM_TEXT_OPENINGS, OPENING_CHARACTERS, CONTINUATION_TOKENS = 1000, 40, 16
-LONGEST_ANSWER = 32  # tokens; the longest right answer has 17
+DEFAULT_RUN_DIR = REPOSITORY / "runs" / "quickstart"
 
 
 class PhaseFailed(Exception):
@@ -44,7 +36,7 @@ class Driver:
         threads = str(min(4, os.cpu_count() or 1))
         self.environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": str(REPOSITORY)}
 
-    def phase(self, name: str, *commands: list[str | Path]) -> None:
+    def phase(self, name: str, *commands: Command) -> None:
         """Run commands in the repository's root, show them, and record how long they took together."""
         print(f"\n== {name}", flush=True)
         start = time.perf_counter()
@@ -59,118 +51,76 @@ class Driver:
         print(f"   {self.seconds[name]:.1f} s", flush=True)
 
 
-def zeda(*words: str | Path) -> list[str | Path]:
-    """A `zeda` command, run with the interpreter that runs this script."""
-    return [sys.executable, "-m", "megatron_zeda.cli", *words]
-
-
-def tool(name: str, *words: str | Path) -> list[str | Path]:
-    """One of the programs in checkpoint_tools/."""
-    return [sys.executable, f"checkpoint_tools/{name}.py", *words]
-
-
-def write_prompts(folder: Path) -> None:
-    """Training questions, held-out questions, and openings of real text, each a jsonl file of prompts."""
-    facts = tasks.load_facts()
-    sets = {
-        "train": tasks.question_set(
-            facts, num_facts=NUM_TRAIN_FACTS, num_algorithms=NUM_TRAIN_ALGORITHMS, held_out=False, seed=0
-        ),
-        "heldout": tasks.question_set(
-            facts, num_facts=NUM_HELD_OUT_FACTS, num_algorithms=NUM_HELD_OUT_ALGORITHMS, held_out=True, seed=0
-        ),
-    }
-    files: dict[str, list[dict[str, Any]]] = {
-        name: [question.to_json() for question in questions] for name, questions in sets.items()
-    }
-    files["text"] = text_openings()
-    folder.mkdir()
-    for name, lines in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        print(f"{folder / name}.jsonl: {len(lines)} prompts", flush=True)
-
-
-def text_openings() -> list[dict[str, Any]]:
-    """Prompts without an answer: pieces of the standard library's sources for the teacher to go on with."""
-    rng = random.Random(0)
-    texts = [path.read_text("utf-8") for path in tasks.text_files(held_out=False)]
-    weights = [len(text) for text in texts]
-    openings: list[dict[str, Any]] = []
-    while len(openings) < NUM_TEXT_OPENINGS:
-        (text,) = rng.choices(texts, weights)
-        start = rng.randrange(max(1, len(text) - OPENING_CHARACTERS))
-        piece = text[start : start + OPENING_CHARACTERS]
-        if piece.strip():
-            openings.append({"id": f"text/{len(openings)}", "prompt": piece})
-    return openings
-
-
 def run(run_dir: Path, teacher: Path, overrides: list[str]) -> None:
     """All phases, in order."""
     driver = Driver(run_dir)
-    prompts, rollouts, evaluation = run_dir / "prompts", run_dir / "rollouts", run_dir / "evaluation"
-    dynamic, student = run_dir / "dynamic", run_dir / "student"
-    rollouts.mkdir()
-    write_prompts(prompts)
-
-    def responses(name: str, *flags: str) -> list[str | Path]:
-        return zeda(
-            "rollout", "--model", teacher, "--prompts", prompts / f"{name}.jsonl",
-            "--output", rollouts / f"{name}.jsonl", *flags,
-        )  # fmt: skip
-
-    greedy = ("--temperature", "0", "--max-new-tokens", str(LONGEST_ANSWER), "--batch-size", "256")
-    sampled = ("--temperature", "1", "--max-new-tokens", str(CONTINUATION_TOKENS), "--batch-size", "256")
-    driver.phase(
-        "teacher rollouts",
-        responses("train", *greedy),
-        responses("text", *sampled),
-        responses("heldout", *greedy),
-    )
+    (run_dir / "rollouts").mkdir()
+    write_prompts(run_dir / "prompts", Sizes())
+    dynamic = run_dir / "dynamic"
+    driver.phase("teacher rollouts", *teacher_rollouts(teacher, run_dir))
     driver.phase("injection", tool("inject_zero_experts", "--input", teacher, "--output", dynamic))
     driver.phase(
         "import",
         tool("hf_to_megatron", "--hf", dynamic, "--megatron", run_dir / "dynamic-megatron"),
         tool("hf_to_megatron", "--hf", teacher, "--megatron", run_dir / "teacher-megatron"),
     )
-    driver.phase("stage 1", zeda("train", HERE / "stage1.yaml", *paths_of(run_dir), *overrides))
-    driver.phase("export", tool("megatron_to_hf", "--megatron", run_dir / "checkpoints", "--hf", student))
+    for stage in (1, 2):
+        settings = [*paths_of(run_dir, stage), *overrides_of(stage, overrides)]
+        driver.phase(f"stage {stage}", zeda("train", HERE / f"stage{stage}.yaml", *settings))
+    driver.phase(
+        "export",
+        tool("megatron_to_hf", "--megatron", run_dir / "stage1" / "checkpoints", "--hf", run_dir / "student_stage1"),
+        tool("megatron_to_hf", "--megatron", run_dir / "stage2" / "checkpoints", "--hf", run_dir / "student"),
+    )
 
-    def evaluate(name: str, folder: Path, *flags: str) -> list[str | Path]:
-        return zeda(
-            "eval", "--model", folder, "--teacher", teacher, "--prompts", prompts / "heldout.jsonl",
-            "--rollouts", rollouts / "heldout.jsonl", "--text", HELD_OUT_TEXT,
-            "--max-new-tokens", str(LONGEST_ANSWER), "--output", evaluation / f"{name}.json", *flags,
-        )  # fmt: skip
+    def evaluate(name: str, folder: Path, *flags: str) -> Command:
+        return evaluation(folder, teacher, run_dir, run_dir / "evaluation" / f"{name}.json", *flags)
 
     half = json.loads((teacher / "config.json").read_text())["num_experts_per_tok"] // 2
     driver.phase(
         "evaluation",
         evaluate("teacher", teacher),
-        evaluate("student", student),
         evaluate("control_topk_half", teacher, "--num-experts-per-token", str(half)),
+        evaluate("student_stage1", run_dir / "student_stage1"),
+        evaluate("student", run_dir / "student"),
     )
     driver.phase("report", zeda("report", run_dir))
 
 
-def paths_of(run_dir: Path) -> list[str]:
-    """The overrides that move stage1.yaml's paths to another run folder; none for the folder it names."""
-    if run_dir == REPOSITORY / "runs" / "quickstart":
+def paths_of(run_dir: Path, stage: int) -> list[str]:
+    """The overrides that move a stage's paths to another run folder; none for the folder that its YAML names."""
+    if run_dir == DEFAULT_RUN_DIR:
         return []
-    return [
+    rollouts, own = run_dir / "rollouts", run_dir / f"stage{stage}"
+    settings = [
         f"model.hf={run_dir / 'dynamic'}",
-        f"model.checkpoint={run_dir / 'dynamic-megatron'}",
         f"teacher.checkpoint={run_dir / 'teacher-megatron'}",
-        f"dataset.train=[{run_dir / 'rollouts' / 'train.jsonl'}, {run_dir / 'rollouts' / 'text.jsonl'}]",
-        f"dataset.validation={run_dir / 'rollouts' / 'heldout.jsonl'}",
-        f"logger.run_dir={run_dir}",
+        f"dataset.validation={rollouts / 'heldout.jsonl'}",
+        f"logger.run_dir={own}",
     ]
+    if stage == 1:
+        training = f"[{rollouts / 'train.jsonl'}, {rollouts / 'text.jsonl'}]"
+        return [*settings, f"model.checkpoint={run_dir / 'dynamic-megatron'}", f"dataset.train={training}"]
+    prompts = f"[{run_dir / 'prompts' / 'train.jsonl'}, {run_dir / 'prompts' / 'text.jsonl'}]"
+    start = run_dir / "stage1" / "checkpoints"
+    return [*settings, f"model.checkpoint={start}", f"rollout.prompts={prompts}"]
+
+
+def overrides_of(stage: int, overrides: list[str]) -> list[str]:
+    """Those meant for both stages and, without their prefix, those for this one (`stage2:train.train_iters=20`)."""
+    own = f"stage{stage}:"
+    return [word.removeprefix(own) for word in overrides if word.startswith(own) or not word.startswith("stage")]
 
 
 # --------------------------------------------------------------------------------------------------------- the end
 def table(report: dict[str, Any]) -> str:
-    """The main numbers of the three models side by side."""
-    names = {"teacher": "teacher", "student": "student", "control_topk_half": "teacher, K/2"}
+    """The main numbers of the models side by side."""
+    names = {
+        "teacher": "teacher",
+        "control_topk_half": "K/2, untrained",
+        "student_stage1": "stage 1",
+        "student": "stages 1 + 2",
+    }
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f} %"
@@ -185,9 +135,10 @@ def table(report: dict[str, Any]) -> str:
     rows.append(["  95 % interval", *(f"{low:.1f} - {high:.1f}" for low, high in intervals)])
     rows.append(["KL to teacher, nats/token", *(number(model["kl_to_teacher"]) for model in models)])
     rows.append(["perplexity, held-out text", *(number(model["perplexity"]) for model in models)])
-    rows.append(["skip rate", *(percent(model["skip_rate"]) for model in models)])
+    rows.append(["skip rate, responses", *(percent(model["skip_rate"]) for model in models)])
+    rows.append(["skip rate, prompts", *(percent(model["skip_rate_prompt"]) for model in models)])
     rows.append(["expert FLOPs saved", *(percent(model["expert_flops_saved"]) for model in models)])
-    return "\n".join(f"{row[0]:<27}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in rows)
+    return "\n".join(f"{row[0]:<27}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows)
 
 
 def aims(report: dict[str, Any]) -> list[str]:
@@ -204,7 +155,7 @@ def aims(report: dict[str, Any]) -> list[str]:
             f"student clearly above the untrained K/2 control: {100 * gain:+.1f} points",
             student["accuracy_interval"][0] > control["accuracy_interval"][1],
         ),
-        (f"under 10 minutes: {total / 60:.1f} minutes", total < 600),
+        (f"under 15 minutes: {total / 60:.1f} minutes", total < 900),
     ]
     return [f"{'met   ' if met else 'MISSED'}  {text}" for text, met in found]
 
@@ -212,10 +163,12 @@ def aims(report: dict[str, Any]) -> list[str]:
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Make a dynamic student of the small teacher and report on both.")
-    parser.add_argument("--run-dir", type=Path, default=REPOSITORY / "runs" / "quickstart", help="(%(default)s)")
+    parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIR, help="(%(default)s)")
     parser.add_argument("--teacher", type=Path, default=HERE / "teacher", help="Hugging Face folder (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace an existing run folder")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for `zeda train`")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="for both `zeda train`, or stage1:... for one"
+    )
     arguments = parser.parse_args()
     run_dir = arguments.run_dir.resolve()
     if run_dir.exists():
