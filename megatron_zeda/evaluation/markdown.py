@@ -7,6 +7,7 @@ from typing import Any
 
 _TITLES = {
     "teacher": "teacher",
+    "student_stage1": "student after stage 1",
     "student": "student",
     "control_topk_half": "control: teacher, K halved, untrained",
 }
@@ -22,7 +23,7 @@ def render_markdown(built: Mapping[str, Any], *, pictures: Sequence[str] = ()) -
     """
     parts = ["# Report", _headline(built), _main_table(built), _differences(built), _tasks(built), _savings(built)]
     parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
-    parts += [_training(built), _seconds(built), _definitions(built)]
+    parts += [_training(built, "training_stage1"), _training(built), _seconds(built), _definitions(built)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -68,8 +69,9 @@ def _experts(model: Mapping[str, Any]) -> str:
 
 def _differences(built: Mapping[str, Any]) -> str:
     lines = []
-    for key, other in (("student_minus_teacher", "teacher"), ("student_minus_control_topk_half", "control")):
-        found = built["accuracy_difference"][key]
+    others = {"teacher": "teacher", "student_stage1": "student after stage 1", "control_topk_half": "control"}
+    for name, other in others.items():
+        found = built["accuracy_difference"][f"student_minus_{name}"]
         if found:
             low, high = (100 * end for end in found["interval"])
             lines.append(
@@ -108,8 +110,8 @@ def _savings(built: Mapping[str, Any]) -> str:
     )
 
 
-def _training(built: Mapping[str, Any]) -> str:
-    training = built["training"]
+def _training(built: Mapping[str, Any], key: str = "training") -> str:
+    training = built[key]
     if not training:
         return ""
     first, last = training["first"], training["last"]
@@ -129,7 +131,8 @@ def _training(built: Mapping[str, Any]) -> str:
         for key in keys
         if isinstance(last.get(key), (int, float))
     ]
-    return f"Training, {training['steps']} steps:\n\n" + _table(["", "first step", "last step"], rows)
+    stage = "Stage 1" if key == "training_stage1" else "Stage 2" if built["training_stage1"] else "Training"
+    return f"{stage}, {training['steps']} steps:\n\n" + _table(["", "first step", "last step"], rows)
 
 
 def _seconds(built: Mapping[str, Any]) -> str:

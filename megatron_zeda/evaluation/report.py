@@ -3,23 +3,27 @@
 Read from the run folder (what is missing is reported as not measured):
 
     evaluation/teacher.json, student.json, control_topk_half.json   results of ``zeda eval --output``
+    evaluation/student_stage1.json                                  the student between the stages
     metrics.jsonl                                                   one object per training step
+    stage1/metrics.jsonl, stage2/metrics.jsonl                      where both stages left their folders in one
     seconds.json                                                    {phase: seconds}
 
 ``report.json``::
 
-    teacher, student, control_topk_half      null when not evaluated, else
+    teacher, student_stage1, student, control_topk_half    null when not evaluated, else
         accuracy, accuracy_interval [low, high] (95 %, Wilson), accuracy_count, accuracy_by_task
         perplexity, perplexity_tokens        held-out text
         kl_to_teacher                        forward, nats per response token, on the teacher's held-out responses
         skip_rate, skip_rate_per_layer       teacher-forced, held-out response tokens, mean over layers
         skip_rate_prompt, response_tokens, prompt_tokens, expert_flops_saved, model, inputs
-    accuracy_difference                      {student_minus_teacher, student_minus_control_topk_half}: value, interval
-                                             (95 %, paired), mcnemar_p, only_student, only_other, count; null when
-                                             not comparable
+    accuracy_difference                      {student_minus_teacher, student_minus_control_topk_half,
+                                             student_minus_student_stage1}: value, interval (95 %, paired), mcnemar_p,
+                                             only_student, only_other, count; null when not comparable
     expert_flops_saved                       the student's: 1 - real rows / (T K)
     theoretical_speedup                      the student's: static over dynamic FLOPs {prefill, decode, total, ...}
-    training                                 {steps, first, last}: the metrics of the first and the last step
+    training                                 {steps, first, last}: the metrics of the first and the last step, of
+                                             the last stage if there are two
+    training_stage1                          the same of stage 1, if there are two
     seconds                                  per phase
     versions
 
@@ -41,8 +45,9 @@ from megatron_zeda.evaluation.accuracy import paired_difference
 from megatron_zeda.evaluation.markdown import render_markdown
 from megatron_zeda.evaluation.plots import plot_skip_rate_per_layer, plot_training
 
-MODELS = ("teacher", "student", "control_topk_half")
-SKIP_RATE_PICTURE, TRAINING_PICTURE = "skip_rate_per_layer.png", "training.png"
+MODELS = ("teacher", "student_stage1", "student", "control_topk_half")
+SKIP_RATE_PICTURE = "skip_rate_per_layer.png"
+TRAINING_PICTURE, STAGE1_PICTURE = "training.png", "training_stage1.png"
 _MODEL_KEYS = (
     "accuracy",
     "accuracy_interval",
@@ -73,7 +78,7 @@ def report(run_dir: Path) -> dict[str, Any]:
     if not run_dir.is_dir():
         raise InputError("no such folder", where=run_dir, rule="the folder of a run", fix="check the path")
     evaluations = {name: _read_json(run_dir / "evaluation" / f"{name}.json") for name in MODELS}
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    stage1, metrics = read_stages(run_dir)
     if not metrics and not any(evaluations.values()):
         raise InputError(
             "nothing to report",
@@ -81,8 +86,9 @@ def report(run_dir: Path) -> dict[str, Any]:
             rule="metrics.jsonl, or evaluation/student.json and its like",
             fix="run `zeda train` or `zeda eval --output <run folder>/evaluation/student.json` first",
         )
-    built = build_report(evaluations, metrics=metrics, seconds=_read_json(run_dir / "seconds.json") or {})
-    write_report(built, run_dir, metrics=metrics)
+    seconds = _read_json(run_dir / "seconds.json") or {}
+    built = build_report(evaluations, metrics=metrics, stage1=stage1, seconds=seconds)
+    write_report(built, run_dir, metrics=metrics, stage1=stage1)
     return built
 
 
@@ -90,13 +96,15 @@ def build_report(
     evaluations: Mapping[str, Mapping[str, Any] | None],
     *,
     metrics: Sequence[Mapping[str, Any]] = (),
+    stage1: Sequence[Mapping[str, Any]] = (),
     seconds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Put results together; see the module's docstring for the outcome.
 
     Args:
         evaluations: results of :func:`megatron_zeda.evaluation.evaluate` by name, some of :data:`MODELS`.
-        metrics: training steps in order.
+        metrics: training steps in order, of the last stage.
+        stage1: those of stage 1, if there are two stages.
         seconds: per phase.
     """
     unknown = set(evaluations) - set(MODELS)
@@ -109,18 +117,21 @@ def build_report(
     }
     student = found["student"] or {}
     built["accuracy_difference"] = {
-        f"student_minus_{other}": _difference(found["student"], found[other])
-        for other in ("teacher", "control_topk_half")
+        f"student_minus_{other}": _difference(found["student"], found[other]) for other in MODELS if other != "student"
     }
     built["expert_flops_saved"] = student.get("expert_flops_saved")
     built["theoretical_speedup"] = student.get("theoretical_speedup")
-    built["training"] = (
-        {"steps": metrics[-1].get("step"), "first": dict(metrics[0]), "last": dict(metrics[-1])} if metrics else None
-    )
+    built["training"], built["training_stage1"] = _ends(metrics), _ends(stage1)
     built["seconds"] = dict(seconds or {})
     built["versions"] = next((result["versions"] for result in found.values() if result), {})
     refuse_not_finite(built)
     return built
+
+
+def _ends(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not metrics:
+        return None
+    return {"steps": metrics[-1].get("step"), "first": dict(metrics[0]), "last": dict(metrics[-1])}
 
 
 def _difference(student: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -155,7 +166,13 @@ def refuse_not_finite(value: Any, key: str = "report") -> None:
             refuse_not_finite(inner, f"{key}[{index}]")
 
 
-def write_report(built: Mapping[str, Any], run_dir: Path, *, metrics: Sequence[Mapping[str, Any]] = ()) -> None:
+def write_report(
+    built: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    stage1: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write ``report.json``, ``report.md`` and the pictures into ``run_dir``; each file is replaced as a whole."""
     refuse_not_finite(built)
     pictures: dict[str, bytes] = {}
@@ -164,8 +181,9 @@ def write_report(built: Mapping[str, Any], run_dir: Path, *, metrics: Sequence[M
         pictures[SKIP_RATE_PICTURE] = plot_skip_rate_per_layer(
             student["skip_rate_per_layer"], student.get("skip_rate_prompt_per_layer")
         )
-    if len(metrics) > 1:
-        pictures[TRAINING_PICTURE] = plot_training(metrics)
+    for name, steps in ((STAGE1_PICTURE, stage1), (TRAINING_PICTURE, metrics)):
+        if len(steps) > 1:
+            pictures[name] = plot_training(steps)
     files = dict(pictures)
     files["report.md"] = render_markdown(built, pictures=list(pictures)).encode()
     # Last, so that whoever waits for it finds everything else.
@@ -195,6 +213,17 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise InputError("not a JSON object", where=path, fix="make the file again")
     return found
+
+
+def read_stages(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the steps of stage 1, if another stage followed it in this folder, and those of the last stage.
+
+    Raises:
+        InputError: see :func:`read_metrics`.
+    """
+    stage1, stage2, own = (read_metrics(run_dir / name / "metrics.jsonl") for name in ("stage1", "stage2", "."))
+    last = own or stage2
+    return (stage1, last) if last else ([], stage1)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -22,8 +22,13 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def evaluation(name: str) -> dict[str, Any]:
     """A result in the form of ``zeda eval``, with numbers that tell the models apart."""
     rank = MODELS.index(name)
-    correct = {"teacher": "1111111110", "student": "1111111100", "control_topk_half": "1111000000"}[name]
-    skip = 0.5 if name == "student" else 0.0
+    correct = {
+        "teacher": "1111111110",
+        "student_stage1": "1111111000",
+        "student": "1111111100",
+        "control_topk_half": "1111000000",
+    }[name]
+    skip = 0.5 if name.startswith("student") else 0.0
     result = {
         "model": {"path": name, "num_experts": 8, "num_zero_experts": 4 if skip else 0, "num_experts_per_token": 4},
         "accuracy": correct.count("1") / 10,
@@ -78,7 +83,7 @@ def test_report_json_has_what_was_promised(run_dir: Path) -> None:
         assert written[name]["accuracy_interval"] == [0.3, 0.9]
         assert written[name]["accuracy_count"] == 10
         assert "outcomes" not in written[name]
-    assert written["student"]["kl_to_teacher"] == 0.01
+    assert written["student"]["kl_to_teacher"] == 0.02
     assert written["expert_flops_saved"] == 0.5
     assert written["seconds"] == {"rollout": 50.5, "training": 100.0}
     assert written["theoretical_speedup"]["total"] == 1.25
@@ -101,13 +106,14 @@ def test_differences_are_paired(run_dir: Path) -> None:
         "count": 10,
     }
     assert found["student_minus_control_topk_half"]["value"] == pytest.approx(0.4)
+    assert found["student_minus_student_stage1"]["value"] == pytest.approx(0.1)
 
 
 def test_other_prompts_are_not_compared() -> None:
     other = evaluation("teacher")
     other["outcomes"]["prompts"] = "sha256:2"
     built = build_report({"student": evaluation("student"), "teacher": other})
-    assert built["accuracy_difference"] == {"student_minus_teacher": None, "student_minus_control_topk_half": None}
+    assert set(built["accuracy_difference"].values()) == {None}
     assert built["control_topk_half"] is None
 
 
@@ -115,7 +121,9 @@ def test_the_page_shows_the_numbers_and_the_pictures(run_dir: Path) -> None:
     report(run_dir)
     page = (run_dir / "report.md").read_text()
     assert "skips **50.0 %**" in page
-    assert "| accuracy | 90.0 % (30.0 to 90.0, n = 10) | 80.0 % (30.0 to 90.0, n = 10) |" in page
+    assert "| | teacher | student after stage 1 | student |" in page.replace("|  |", "| |")
+    shares = " | ".join(f"{share} % (30.0 to 90.0, n = 10)" for share in ("90.0", "70.0", "80.0"))
+    assert f"| accuracy | {shares} |" in page
     assert "-10.0 points" in page
     assert "| all | 150.5 |" in page
     for picture in ("skip_rate_per_layer.png", "training.png"):
@@ -144,6 +152,22 @@ def test_a_run_without_evaluation_reports_its_training(run_dir: Path) -> None:
         (run_dir / "evaluation" / f"{name}.json").unlink()
     assert report(run_dir)["student"] is None
     assert "Training, 3 steps" in (run_dir / "report.md").read_text()
+
+
+def test_two_stages_in_one_folder_are_reported_apart(run_dir: Path) -> None:
+    (run_dir / "stage1").mkdir()
+    (run_dir / "stage2").mkdir()
+    (run_dir / "metrics.jsonl").rename(run_dir / "stage1" / "metrics.jsonl")
+    built = report(run_dir)
+    assert built["training"]["steps"] == 3 and built["training_stage1"] is None  # no second stage yet
+    lines = [json.dumps(step(number)) + "\n" for number in range(1, 6)]
+    (run_dir / "stage2" / "metrics.jsonl").write_text("".join(lines))
+    built = report(run_dir)
+    assert (built["training_stage1"]["steps"], built["training"]["steps"]) == (3, 5)
+    page = (run_dir / "report.md").read_text()
+    assert "Stage 1, 3 steps" in page and "Stage 2, 5 steps" in page
+    assert page.index("training_stage1.png") < page.index("training.png")
+    assert (run_dir / "training_stage1.png").read_bytes().startswith(PNG)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
