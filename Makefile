@@ -1,15 +1,19 @@
-# make quickstart | make test | make check. Each sets up .venv by itself on a fresh machine.
+# make quickstart | make compare | make test | make check. Each sets up .venv by itself on a fresh machine.
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# A test process for each core, each with whole files (their fixtures are made once). Eight need 12 GB.
+WORKERS ?= auto
+PARALLEL = --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-gpu test-gpu-rehearsal check lint types unit clean
+.PHONY: help install quickstart compare test test-gpu test-gpu-rehearsal check lint types unit clean
 
 help:
 	@echo "make quickstart   a small post-trained MoE becomes a dynamic one, end to end (minutes, on a CPU)"
+	@echo "make compare      the methods and settings beside each other, three seeds (hours; goes on where it was stopped)"
 	@echo "make test         every test (no GPU needed)"
 	@echo "make test-gpu     checks that need one GPU with Transformer Engine (PYTHON=... for one outside .venv)"
 	@echo "make check        lint, types and the fast unit tests"
@@ -37,9 +41,12 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(PY) examples/quickstart/run.py --force
 
+compare: $(STAMP)
+	$(PY) examples/quickstart/compare.py
+
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 # With another Python than .venv's (a container's), nothing is installed.
 test-gpu: PYTHON ?= $(PY)
@@ -61,7 +68,7 @@ types: $(STAMP)
 
 unit: export OMP_NUM_THREADS = 1
 unit: $(STAMP)
-	$(PY) -m pytest tests/unit -m "not slow"
+	$(PY) -m pytest $(PARALLEL) tests/unit -m "not slow"
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

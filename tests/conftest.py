@@ -13,16 +13,15 @@ if os.environ.get("ZEDA_TEST_GPU") != "1":
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Where transformers copies the modelling files of the folders that tests load.
-if "HF_MODULES_CACHE" not in os.environ:
-    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="zeda-test-modules-")
-    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+# Where transformers copies the modelling files of the folders that tests load, for each process of pytest-xdist.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="zeda-test-modules-")
 
 import pytest
 import torch
 from spawn import initialize_megatron
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def _end_process_groups() -> None:

@@ -18,7 +18,8 @@ _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["megatron_zeda.training", "megatron_zeda.zero_experts", "megatron.core.models.gpt"])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -41,12 +42,13 @@ def _worker(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the parent's store, as under torchrun
     )
     torch.set_num_threads(1)
     from megatron_zeda import platform
 
     platform.install()
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=900))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(hours=1))
     try:
         results[rank] = fn(rank, world_size, *args)
     except BaseException:
@@ -66,11 +68,13 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list
     Returns:
         The ranks' return values, by rank.
     """
+    # The parent keeps the store, so that no port is looked for first and taken by another test process meanwhile.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with _context.Manager() as manager:
         results = manager.dict()
         mp.start_processes(
             _worker,
-            args=(fn, world_size, _free_port(), dict(os.environ), results, args),
+            args=(fn, world_size, store.port, dict(os.environ), results, args),
             nprocs=world_size,
             start_method="forkserver",
         )

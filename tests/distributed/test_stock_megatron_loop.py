@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from spawn import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stock_megatron_loop.py"
@@ -17,7 +19,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "stock_megatron_loop.py"
 def test_loop_learns_and_skips(num_processes: int) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
     command = [*torchrun, str(EXAMPLE)] if num_processes > 1 else [sys.executable, str(EXAMPLE)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "MASTER_PORT": str(free_port())}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = re.findall(r"step (\d+): loss ([\d.]+), skip rate ([\d.]+)", result.stdout)
     steps, losses, rates = zip(*((int(a), float(b), float(c)) for a, b, c in found), strict=True)

@@ -61,7 +61,7 @@ def test_time_is_up() -> None:
 def write_run(root: Path, name: str, steps: int) -> tuple[Config, Path]:
     config = make_config(root, name)
     config.teacher.checkpoint, config.dataset.validation = None, []
-    config.train.train_iters, config.checkpoint.save_interval = steps, 5
+    config.train.train_iters, config.checkpoint.save_interval = steps, 2
     path = root / f"{name}.yaml"
     path.write_text(to_yaml(config))
     return config, path
@@ -86,23 +86,21 @@ def test_sigterm_to_the_whole_job_saves_and_exits_0(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 400
-        while lines_of(config) < 12 and process.poll() is None and time.monotonic() < deadline:
+        # However slow the machine is: two saves have been made, so there are helpers.
+        while lines_of(config) < 5 and process.poll() is None:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGTERM)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 0, output
     done = int((config.save_dir / "latest_checkpointed_iteration.txt").read_text())
-    assert done == lines_of(config) >= 12, output
+    assert done == lines_of(config) >= 5, output
     assert f"stopping after step {done}: SIGTERM; the same command goes on from here" in output
     assert "step/s" not in output  # no progress bar where there is no terminal
 
     _, path = write_run(tmp_path, "stopped", done + 2)
-    again = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py"), str(path)], capture_output=True, text=True, timeout=400
-    )
+    again = subprocess.run([sys.executable, str(tmp_path / "run.py"), str(path)], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert f"resuming at step {done}" in again.stdout
     steps = [json.loads(line)["step"] for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
