@@ -5,6 +5,7 @@
     python examples/quickstart/compare.py --only 'zeda*'     # some of them (and those they start from)
     python examples/quickstart/compare.py --seeds 1          # fewer seeds
     python examples/quickstart/compare.py --report docs/study    # tables and pictures from what is done
+    python examples/quickstart/compare.py --tune             # what the settings were chosen from, in runs/tune
 
 Every run is one single-threaded process and leaves one file in `runs/compare/results`; a run that has its file is not
 repeated. The folder of a run holds the commands that a user would type (`log.txt`), its metrics and its export.
@@ -29,18 +30,17 @@ from compare_job import execute
 from compare_plan import QUICKSTART_HELD_OUT_FACTS, SEEDS, SIZES, Run, plan
 from inputs import HERE, REPOSITORY, Command, teacher_rollouts, tool, write_prompts
 
-DEFAULT_ROOT = REPOSITORY / "runs" / "compare"
 TEACHER = HERE / "teacher"
 Start = Callable[[Run], "subprocess.Popen[bytes]"]
 
 
-def prepare(root: Path) -> None:
+def prepare(root: Path, skip_held_out: int) -> None:
     """Make what all runs share: prompts, the teacher's responses, its import."""
     done = root / "inputs.json"
     if done.is_file():
         return
     shutil.rmtree(root / "prompts", ignore_errors=True)
-    write_prompts(root / "prompts", SIZES, skip_held_out=QUICKSTART_HELD_OUT_FACTS)
+    write_prompts(root / "prompts", SIZES, skip_held_out=skip_held_out)
     (root / "rollouts").mkdir(exist_ok=True)
     commands = teacher_rollouts(TEACHER, root)  # `zeda rollout` goes on with a file that is not complete
     if not (root / "teacher-megatron").exists():
@@ -127,7 +127,8 @@ def work(runs: list[Run], is_done: Callable[[str], bool], start: Start, *, jobs:
 def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Compare the methods on the quickstart's model.")
-    parser.add_argument("--run-dir", type=Path, default=DEFAULT_ROOT, help="(%(default)s)")
+    parser.add_argument("--run-dir", type=Path, help="(runs/compare, or runs/tune)")
+    parser.add_argument("--tune", action="store_true", help="the runs that the settings were chosen from")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="(%(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help="names or labels of runs")
@@ -135,8 +136,8 @@ def main() -> int:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write tables and pictures there")
     parser.add_argument("--job", metavar="NAME", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    root = arguments.run_dir.resolve()
-    runs = plan(tuple(arguments.seeds))
+    root = (arguments.run_dir or REPOSITORY / "runs" / ("tune" if arguments.tune else "compare")).resolve()
+    runs = plan(tuple(arguments.seeds), tune=arguments.tune)
     if arguments.job:
         by_name = {run.name: run for run in runs}
         execute(by_name[arguments.job], root, TEACHER, result_of(root, arguments.job))
@@ -149,10 +150,11 @@ def main() -> int:
     if arguments.report is None:
         (root / "results").mkdir(parents=True, exist_ok=True)
         (root / "runs").mkdir(exist_ok=True)
-        prepare(root)
+        prepare(root, 0 if arguments.tune else QUICKSTART_HELD_OUT_FACTS)
 
         def start(run: Run) -> subprocess.Popen[bytes]:
             words = [sys.executable, __file__, "--run-dir", root, "--seeds", str(run.seed), "--job", run.name]
+            words += ["--tune"] if arguments.tune else []
             with (root / "runs" / f"{run.name}.txt").open("ab") as log:
                 return subprocess.Popen(words, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
 

@@ -129,10 +129,33 @@ def questions(seed: int) -> list[Run]:
     return runs
 
 
-def plan(seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+def tuning(seed: int = 1) -> list[Run]:
+    """What the settings of stage1.yaml and stage2.yaml were chosen from, on the quickstart's held-out questions."""
+    rates = ("5e-4", "1e-3", "2e-3")
+    objectives = (("ce", CROSS_ENTROPY), ("fkl", FORWARD_KL))
+    runs = [
+        Run(f"stage1_{name}_lr{rate}", seed, settings=(*objective, f"optimizer.lr={float(rate)}"))
+        for name, objective in objectives
+        for rate in rates
+    ]
+    runs += [
+        Run(
+            f"stage2_{estimator}_lr{rate}",
+            seed,
+            stage=2,
+            start="stage1_fkl_lr1e-3",
+            settings=(f"distillation.estimator={estimator}", f"optimizer.lr={float(rate)}"),
+        )
+        for estimator in ("full", "sampled")
+        for rate in ("5e-5", "2e-4", "8e-4")
+    ]
+    return [Run("teacher", stage=0), *runs]
+
+
+def plan(seeds: tuple[int, ...] = SEEDS, *, tune: bool = False) -> list[Run]:
     """All runs, those that others start from before them; whole seeds come one after another."""
-    runs = controls()
-    for seed in seeds:
+    runs = tuning() if tune else controls()
+    for seed in () if tune else seeds:
         runs += methods(seed) + questions(seed)
     names = [run.name for run in runs]
     if len(set(names)) != len(names):

@@ -33,14 +33,17 @@ def modules() -> dict[str, ModuleType]:
         sys.path.remove(str(QUICKSTART))
 
 
-def test_the_plan_starts_every_run_after_the_one_it_needs(modules: dict[str, ModuleType]) -> None:
-    runs = modules["plan"].plan()
+@pytest.mark.parametrize("tune", [False, True])
+def test_the_plan_starts_every_run_after_the_one_it_needs(modules: dict[str, ModuleType], tune: bool) -> None:
+    runs = modules["plan"].plan(tune=tune)
     names = [run.name for run in runs]
     assert len(names) == len(set(names))
     for run in runs:
         if run.needs:
             assert names.index(run.needs) < names.index(run.name)
         assert run.stage in (0, 1, 2) and bool(run.needs) == (run.stage == 2)
+    if tune:
+        return
     labels: dict[str, set[int]] = {}
     for run in runs:
         if run.seed:
