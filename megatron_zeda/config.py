@@ -349,6 +349,20 @@ class Config(Section):
         return (0.0 if self.train.stage == 1 else 1.0) if weight is None else weight
 
     @property
+    def distils(self) -> bool:
+        """Whether a divergence from the teacher is in the objective, so that it runs in every step."""
+        return self.distillation.forward_kl > 0 or self.reverse_kl > 0
+
+    @property
+    def teacher_fp8(self) -> tuple[str | None, str | None]:
+        """FP8 format and recipe of the teacher's linear layers (``teacher.fp8``, which may name the student's)."""
+        asked, model = self.teacher, self.model
+        if asked.fp8 == "none" or (asked.fp8 == "model" and model.fp8 is None):
+            return None, None
+        fp8 = model.fp8 if asked.fp8 == "model" else asked.fp8
+        return fp8, asked.fp8_recipe or model.fp8_recipe or "tensorwise"
+
+    @property
     def run_dir(self) -> Path:
         """Folder of the run (``logger.run_dir``, which a loaded configuration always has)."""
         if self.logger.run_dir is None:
@@ -455,7 +469,52 @@ def derived(config: Config, world_size: int, hf_config: Mapping[str, Any] | None
         facts["run_dir"], facts["checkpoint_dir"] = str(config.run_dir), str(config.save_dir)
     if hf_config is not None:
         facts |= _model_facts(config, hf_config)
+        if config.distils:
+            facts |= _teacher_facts(config, hf_config, world_size)
     return facts
+
+
+def teacher_states_bytes(config: Config, world_size: int, hidden_size: int) -> int:
+    """Return the most bytes a step's hidden states of the teacher take on a rank of the last pipeline stage.
+
+    That is with every position a response token; each tensor-parallel rank keeps its share.
+
+    Args:
+        config: a configuration without problems.
+        world_size: number of processes.
+        hidden_size: H of the model.
+    """
+    model, train = config.model, config.train
+    ranks = world_size // model.pipeline_model_parallel_size  # over data, context and tensor parallelism
+    positions = train.global_batch_size * model.seq_length
+    return ceil(positions / ranks) * hidden_size * (2 if model.bf16 else 4)
+
+
+def _teacher_facts(config: Config, hf_config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """What a teacher that runs in every step takes, estimated: layers are counted as if they were spread evenly."""
+    from megatron_zeda.models import family_for
+
+    model = config.model
+    family = family_for(dict(hf_config), where="model.hf")
+    experts = output = rest = 0
+    for row in family.weight_table(dict(hf_config)):
+        if ".mlp.experts." in row.key:
+            experts += row.numel
+        else:
+            rest += row.numel
+        if row.key == "output_layer.weight":
+            output = row.numel
+    stages, tensor = model.pipeline_model_parallel_size, model.tensor_model_parallel_size
+    of_experts = stages * model.expert_model_parallel_size * model.expert_tensor_parallel_size
+    unit = (2 if model.bf16 else 4) / 2**30
+    weights, output_layer = (experts / of_experts + rest / (stages * tensor)) * unit, output / tensor * unit
+    states = teacher_states_bytes(config, world_size, family.transformer_config_kwargs(dict(hf_config))["hidden_size"])
+    return {
+        "teacher_gib_placement_device": f"{weights:.3g} on the device",
+        "teacher_gib_placement_host": f"{weights:.3g} in host memory, on the device {weights:.3g} during its pass and "
+        f"{output_layer:.3g} between passes",
+        "teacher_states_gib": f"{states / 2**30:.3g} a step on a rank of the last stage, at most",
+    }
 
 
 def _model_facts(config: Config, hf_config: Mapping[str, Any]) -> dict[str, Any]:

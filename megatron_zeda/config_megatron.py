@@ -106,6 +106,24 @@ def transformer_config(config: Config, hf_config: dict[str, Any], *, where: Path
     return build_transformer_config(hf_config, where=where, **transformer_settings(config, hf_config))
 
 
+def teacher_transformer_config(config: Config, hf_config: dict[str, Any], *, where: Path) -> Any:
+    """As :func:`transformer_config` for the frozen teacher, which runs forward only and computes in its own precision.
+
+    It is built for FP8 where the student is, too: the check before the first step compares the two in one precision.
+    """
+    from megatron_zeda.models import build_transformer_config
+
+    settings = transformer_settings(config, hf_config)
+    fp8, recipe = config.teacher_fp8
+    if fp8 is not None:
+        settings |= {"fp8": fp8, "fp8_recipe": recipe}
+    if "fp8" in settings and config.teacher.placement == "host":
+        settings["disable_parameter_transpose_cache"] = True  # FP8 copies of weights would stay on the device
+    # The records of routing are numbered through the process: those of the teacher would shift the student's.
+    settings["moe_enable_routing_replay"] = False
+    return build_transformer_config(hf_config, where=where, **settings)
+
+
 def setting_of(field: str) -> str:
     """The dotted key under which a configuration sets a field of ``TransformerConfig``."""
     return f"model.{field}" if field in {f.name for f in fields(Config().model)} else f"model.overrides.{field}"
@@ -119,8 +137,12 @@ def length_multiple(config: Config) -> int:
     """
     model = config.model
     tensor, context = model.tensor_model_parallel_size, model.context_parallel_size
-    if model.fp8 is not None:
-        return _FP8_ALIGNMENT[model.fp8_recipe or "tensorwise"] * tensor * context
+    recipes = [model.fp8_recipe or "tensorwise"] if model.fp8 is not None else []
+    teacher_fp8, teacher_recipe = config.teacher_fp8
+    if teacher_fp8 is not None and config.teacher.checkpoint is not None:
+        recipes.append(teacher_recipe or "tensorwise")
+    if recipes:
+        return max(_FP8_ALIGNMENT[recipe] for recipe in recipes) * tensor * context
     return lcm(8, tensor) * context
 
 

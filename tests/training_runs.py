@@ -11,16 +11,40 @@ from megatron_zeda.config import Config
 VOCABULARY = 96
 
 
-def write_rollouts(path: Path, count: int, *, seed: int) -> None:
-    """Random prompts of 3 to 19 tokens with responses of 2 to 11."""
+def write_rollouts(path: Path, count: int, *, seed: int, teacher: Path | None = None) -> None:
+    """Random prompts of 3 to 19 tokens with responses of 2 to 11: the teacher's most probable ones, if there is one."""
     numbers = random.Random(seed)
-    lines = []
-    for index in range(count):
+    rows = []
+    for _ in range(count):
         prompt = [numbers.randrange(VOCABULARY) for _ in range(numbers.randrange(3, 20))]
-        response = [(7 * token + 3) % VOCABULARY for token in prompt][: numbers.randrange(2, 12)]
+        rows.append((prompt, [(7 * token + 3) % VOCABULARY for token in prompt][: numbers.randrange(2, 12)]))
+    if teacher is not None:
+        rows = _answered(rows, teacher)
+    lines = []
+    for index, (prompt, response) in enumerate(rows):
         line = {"id": str(index), "prompt_ids": prompt, "response_ids": response, "finish_reason": "stop"}
         lines.append(json.dumps(line))
     path.write_text("\n".join(lines) + "\n")
+
+
+def _answered(rows: list[tuple[list[int], list[int]]], folder: Path) -> list[tuple[list[int], list[int]]]:
+    """The same prompts with the model's greedy responses, of the same lengths."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    answered: list[tuple[list[int], list[int]]] = [(prompt, []) for prompt, _ in rows]
+    lengths = [len(response) for _, response in rows]
+    for _ in range(max(lengths)):
+        sequences = [[*prompt, *response] for prompt, response in answered]
+        longest = max(map(len, sequences))
+        tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in sequences])
+        with torch.no_grad():  # attention is causal, so that padding behind a row does not matter to it
+            best = model(tokens, attention_mask=torch.ones_like(tokens)).logits.argmax(-1)
+        for (_, response), sequence, row, length in zip(answered, sequences, best, lengths, strict=True):
+            if len(response) < length:
+                response.append(int(row[len(sequence) - 1]))
+    return answered
 
 
 def make_run(root: Path, *, num_layers: int = 2, **changes: float) -> None:
@@ -78,8 +102,8 @@ def _from_teacher(root: Path) -> None:
     inject_zero_experts(root / "teacher_hf", root / "student_hf")
     hf_to_megatron(root / "teacher_hf", root / "teacher")
     hf_to_megatron(root / "student_hf", root / "student")
-    write_rollouts(root / "train.jsonl", 40, seed=0)
-    write_rollouts(root / "validation.jsonl", 11, seed=1)
+    write_rollouts(root / "train.jsonl", 40, seed=0, teacher=root / "teacher_hf")
+    write_rollouts(root / "validation.jsonl", 11, seed=1, teacher=root / "teacher_hf")
     # Megatron-Core collects garbage at every save; walking all imported modules is most of a tiny run's time.
     gc.collect()
     gc.freeze()

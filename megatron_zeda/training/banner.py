@@ -10,18 +10,16 @@ import torch
 from safetensors import safe_open
 
 from megatron_zeda import platform
-from megatron_zeda.config import Config
+from megatron_zeda.config import Config, teacher_states_bytes
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE
 from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import training_batches
-from megatron_zeda.distillation import Scores, TeacherStates, num_bytes
+from megatron_zeda.distillation import FrozenTeacher, Scores, TeacherStates, num_bytes
 from megatron_zeda.training.setup import Data
-from megatron_zeda.training.validation import ValidationResult
+from megatron_zeda.training.validation import HeldOut, ValidationResult
 
 
-def lines(
-    config: Config, facts: dict[str, Any], data: Data, chunks: list[Any], teacher: list[TeacherStates] | None
-) -> list[str]:
+def lines(config: Config, facts: dict[str, Any], data: Data, chunks: list[Any]) -> list[str]:
     """The derived numbers, one group a line."""
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     model = config.model
@@ -62,15 +60,41 @@ def lines(
         f"schedule: {facts['train_iters']} steps ({epochs:.2f} epochs), {config.scheduler.lr_decay_style}, "
         f"lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}"
     )
-    if teacher is None:
-        text.append("teacher: none (teacher.checkpoint is null): no parity gate before the first step, no KL")
-    else:
-        text.append(
-            f"teacher: {config.teacher.checkpoint}, its output layer and its hidden states on "
-            f"{'the held-out batches' if data.validation else 'a batch'} ({len(teacher)}) take "
-            f"{num_bytes(teacher) / 2**20:,.3f} MiB on this rank"
-        )
     return text
+
+
+def teacher_lines(
+    config: Config, teacher: FrozenTeacher | None, held_out: HeldOut | None, fixture: TeacherStates | None
+) -> list[str]:
+    """Where the teacher is and what it takes on this rank."""
+    if teacher is None or fixture is None:
+        return ["teacher: none (teacher.checkpoint is null): no parity gate before the first step, no KL"]
+    kept = held_out.teacher if held_out and held_out.teacher else [fixture]
+    on = f"{'the held-out batches' if held_out else 'a batch'} ({len(kept)})"
+    name = config.teacher.checkpoint
+    if not config.distils:
+        return [
+            f"teacher: {name}, its output layer and its hidden states on {on} take {_mib(num_bytes(kept))} on this rank"
+        ]
+    weights, output = _mib(teacher.num_bytes), _mib(num_bytes(kept) - sum(states.num_bytes for states in kept))
+    places = {
+        "device": f"placement device: {weights} of weights on the device of this rank, always (host: {output} between "
+        f"passes, and {weights} of pinned host memory)",
+        "host": f"placement host: {weights} of weights in pinned host memory of this rank; on the device {weights} "
+        f"during its pass and {output} of output layer between passes (device: {weights} always)",
+    }
+    cache = teacher_states_bytes(config, torch.distributed.get_world_size(), teacher.chunks[0].config.hidden_size)
+    fp8, recipe = config.teacher_fp8
+    precision = ("bf16" if config.model.bf16 else "fp32") if fp8 is None else f"fp8 {fp8} {recipe}"
+    return [
+        f"teacher: {name}, computes in {precision}; {places[config.teacher.placement]}",
+        f"teacher's hidden states: at most {_mib(cache)} a step on a rank of the last stage; "
+        f"{_mib(sum(states.num_bytes for states in kept))} on {on}",
+    ]
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.3f} MiB"
 
 
 def kernel_lines(model_config: Any) -> list[str]:
@@ -127,7 +151,7 @@ def gate_line(scores: Scores) -> str:
     """What the parity gate measured."""
     return (
         f"parity gate passed: zero experts masked, {scores.tokens} response tokens, mean KL {scores.kl:.2g}, "
-        f"largest logit difference {scores.max_difference:.2g}"
+        f"largest logit difference {scores.max_difference:.2g}, cross entropy of the teacher {scores.teacher_ce:.4f}"
     )
 
 

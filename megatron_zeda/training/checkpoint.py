@@ -26,13 +26,13 @@ import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_zeda import platform
-from megatron_zeda.config import Config
+from megatron_zeda.config import Config, zero_expert_weight
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.config_megatron import pipeline_split
 from megatron_zeda.conversion import megatron_io
 from megatron_zeda.conversion.checksums import check_checksums
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
-from megatron_zeda.models import load_hf_config
+from megatron_zeda.models import family_for, load_hf_config
 from megatron_zeda.models.hf_config import zero_logit_bias
 from megatron_zeda.training.optimizer_state import (
     METADATA,
@@ -53,11 +53,15 @@ class Progress:
         iteration: steps done, updated or not.
         consumed_samples: samples seen.
         skipped_steps: steps whose loss or gradient was not finite.
+        skipped_in_a_row: how many of them were the last ones.
+        zero_expert_weight: w of the next step, where a controller moves it.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    zero_expert_weight: float | None = None
 
 
 # Subclasses of RuntimeError that say nothing about a checkpoint: memory, CUDA, NCCL and gloo.
@@ -174,12 +178,15 @@ def resume_folder(config: Config) -> Path | None:
     return None
 
 
+_OTHER_SAMPLES = "the samples seen so far are not those that the data order skips"
+_OTHER_TEACHER = "the student goes on towards another teacher, which is not compared with it again"
 # Settings that decide which samples are the first ``consumed_samples`` ones, or which model has seen them.
 _SAME_ON_RESUMING = (
-    ("dataset", "train"),
-    ("dataset", "seed"),
-    ("train", "global_batch_size"),
-    ("model", "checkpoint"),
+    ("dataset", "train", _OTHER_SAMPLES),
+    ("dataset", "seed", _OTHER_SAMPLES),
+    ("train", "global_batch_size", _OTHER_SAMPLES),
+    ("model", "checkpoint", _OTHER_SAMPLES),
+    ("teacher", "checkpoint", _OTHER_TEACHER),
 )
 
 
@@ -189,12 +196,12 @@ def changed_settings(config: Config, folder: Path) -> list[str]:
     saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     present = yaml.safe_load(to_yaml(config))
     lines = []
-    for section, name in _SAME_ON_RESUMING:
+    for section, name, consequence in _SAME_ON_RESUMING:
         settings = saved.get(section) if isinstance(saved, dict) else None
         if isinstance(settings, dict) and name in settings and settings[name] != present[section][name]:
             lines.append(
                 f"warning: {section}.{name} was {settings[name]!r} when the checkpoint was written and is "
-                f"{present[section][name]!r} now: the samples seen so far are not those that the data order skips"
+                f"{present[section][name]!r} now: {consequence}"
             )
     return lines
 
@@ -301,6 +308,7 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
         "layout": _layout(config),
         "precision": _precision(config),
         "seed": config.train.seed,
+        "zero_expert_weight": _last_weight(config, progress),
     }
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
@@ -344,6 +352,17 @@ def _superseded(config: Config, iteration: int) -> list[Path]:
     kept = [path for number, path in by_number if number <= iteration]
     keep_last = config.checkpoint.keep_last
     return stale if keep_last is None else stale + kept[:-keep_last]
+
+
+def _last_weight(config: Config, progress: Progress) -> float | None:
+    """w that the student was trained with last, for its model card; None without zero experts."""
+    if progress.zero_expert_weight is not None:
+        return progress.zero_expert_weight
+    assert config.hf_dir is not None  # follows from model.checkpoint
+    hf_config = load_hf_config(config.hf_dir)
+    family = family_for(hf_config, where=config.hf_dir)
+    num_zero = family.num_zero_experts(hf_config)
+    return zero_expert_weight(config, family.num_experts(hf_config), num_zero) if num_zero else None
 
 
 def _layout(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Stage 1 from beginning to end, in reading order."""
+"""A run from beginning to end, in reading order."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.models import family_for, load_hf_config
 from megatron_zeda.training import banner, checkpoint, setup, validation
+from megatron_zeda.training import teacher as teachers
 from megatron_zeda.training.checkpoint import Progress
 from megatron_zeda.training.metrics import Metrics
 from megatron_zeda.training.signals import StopRequest
 from megatron_zeda.training.step import StepResult, train_step
+from megatron_zeda.training.weight_control import control_weight, start_weight, weight_of
 from megatron_zeda.zero_experts import RouterStatistics, router_statistics
-
-# Steps without a finite loss and gradient in a row after which going on is pointless.
-_MOST_SKIPPED_IN_A_ROW = 10
 
 
 def train(config: Config) -> int:
@@ -93,9 +92,15 @@ def _run(config: Config, stop: StopRequest) -> bool:
     if resumed_from is None:
         _need_no_metrics(config)
 
-    # The teacher runs first and is freed: only its hidden states on the held-out batches stay.
+    # The teacher comes first. Unless it is in the objective, only its hidden states on the held-out batches stay.
     fixture = held_out.batches[0] if held_out else next(training_batches(data.train, seed=0, consumed_samples=0))
-    teacher_states = _run_teacher(config, hf_config, held_out, fixture)
+    teacher = teachers.build(config, hf_config)
+    teacher_bytes = teacher.fingerprint() if teacher is not None else ""
+    fixture_states = _run_teacher(config, teacher, held_out, fixture)
+    about_teacher = banner.teacher_lines(config, teacher, held_out, fixture_states)
+    if teacher is not None and not config.distils:
+        teachers.check_unchanged(teacher, teacher_bytes, config)
+        teacher = None
 
     student = _build_student(config, hf_config, train_iters, from_scratch=resumed_from is None)
     restored_rng, changes = True, list[str]()
@@ -119,18 +124,22 @@ def _run(config: Config, stop: StopRequest) -> bool:
     )
     try:
         facts = derived(config, torch.distributed.get_world_size(), hf_config) | {"train_iters": train_iters}
-        for line in banner.lines(config, facts, data, student.chunks, teacher_states):
+        for line in [*banner.lines(config, facts, data, student.chunks), *about_teacher]:
             metrics.say(line)
         if resumed_from is not None:
             note = "" if restored_rng else " (at another layout: random states start anew)"
             metrics.say(f"resuming at step {student.progress.iteration} from {resumed_from}{note}")
             for line in changes:
                 metrics.say(line)
-        elif teacher_states is not None:
+        elif fixture_states is not None:
             with setup.whole_parameters(student.chunks):
-                gate = parity_gate(student.chunks, teacher_states[0], fixture, exact=not config.model.bf16)
+                gate = parity_gate(student.chunks, fixture_states, fixture, exact=not config.model.bf16)
             metrics.say(banner.gate_line(gate))
-        _loop(config, student, data, held_out, train_iters, metrics, stop)
+        del fixture_states
+        _loop(config, student, teacher, data, held_out, train_iters, metrics, stop)
+        if teacher is not None:
+            teachers.check_unchanged(teacher, teacher_bytes, config)
+            metrics.say(f"the teacher is what it was before: SHA-256 {teacher_bytes[:16]}... on this rank")
     finally:
         metrics.close()
     return student.progress.iteration >= train_iters
@@ -186,60 +195,23 @@ def _build_student(config: Config, hf_config: dict[str, Any], train_iters: int, 
 
 
 def _run_teacher(
-    config: Config, hf_config: dict[str, Any], held_out: validation.HeldOut | None, fixture: GlobalBatch
-) -> list[TeacherStates] | None:
-    """The teacher's states on the held-out batches, which go into ``held_out`` too; without those, on the fixture."""
-    if config.teacher.checkpoint is None:
+    config: Config, teacher: FrozenTeacher | None, held_out: validation.HeldOut | None, fixture: GlobalBatch
+) -> TeacherStates | None:
+    """The teacher's states on the fixture, in the student's precision; those on the held-out batches go there."""
+    if teacher is None:
         return None
-    folder = Path(config.teacher.checkpoint)
-    teacher_config = load_hf_config(folder / HF_FOLDER)
-    _check_pair(hf_config, teacher_config, folder)
-    chunks = setup.build_chunks(teacher_config, transformer_config(config, teacher_config, where=folder))
-    checkpoint.load_weights(chunks, folder)
-    teacher = FrozenTeacher(chunks)
-    before = teacher.fingerprint()
-    batches = held_out.batches if held_out else [fixture]
-    states = [teacher.states(batch) for batch in batches]
-    if teacher.fingerprint() != before:
-        raise ZedaError("the teacher's weights changed while it ran", where=folder)
     if held_out:
-        held_out.teacher = states
-    return states
-
-
-def _check_pair(student: dict[str, Any], teacher: dict[str, Any], folder: Any) -> None:
-    """Refuse a teacher that the student cannot have been made from."""
-    family = family_for(teacher, where=folder)
-    if family.num_zero_experts(teacher):
-        raise InputError(
-            "the teacher has zero experts",
-            where=folder,
-            rule="the teacher is the static model the student was made from",
-        )
-    differing = ["another family"]
-    if family.name == family_for(student).name:
-        of_student, of_teacher = _without_zero_experts(student), _without_zero_experts(teacher)
-        differing = sorted(name for name in of_student if of_student[name] != of_teacher[name])
-    if differing:
-        raise InputError(
-            f"teacher and student do not belong together: {', '.join(differing)}",
-            where=folder,
-            rule="they differ in their routers only",
-            fix="name the checkpoint the student was injected from",
-        )
-
-
-def _without_zero_experts(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """What Megatron-Core builds a model from, as far as teacher and student share it."""
-    family = family_for(hf_config)
-    values = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
-    own = ("num_zero_experts", "zero_expert_logit_bias", "init_method_std")
-    return {name: value for name, value in values.items() if name not in own}
+        held_out.teacher = [teacher.states(batch) for batch in held_out.batches]
+    student_fp8 = config.model.fp8 is not None
+    if held_out and held_out.teacher and teacher.fp8 == student_fp8:
+        return held_out.teacher[0]
+    return teacher.states(fixture, fp8=student_fp8)
 
 
 def _loop(
     config: Config,
     student: _Student,
+    teacher: FrozenTeacher | None,
     data: setup.Data,
     held_out: validation.HeldOut | None,
     train_iters: int,
@@ -250,9 +222,10 @@ def _loop(
     if progress.iteration >= train_iters:
         metrics.say(f"nothing left to do: step {progress.iteration} of {train_iters} is reached")
         return
+    start_weight(config, student.chunks, progress)
     if progress.iteration == 0 and held_out is not None:
         metrics.say(banner.validation_line(0, _validate(student, held_out)))
-    skipped_in_a_row = 0
+    objective = setup.build_objective(config)
     batches = training_batches(data.train, seed=config.dataset.seed, consumed_samples=progress.consumed_samples)
     while progress.iteration < train_iters:
         started = time.perf_counter()
@@ -263,7 +236,8 @@ def _loop(
             student.optimizer,
             student.scheduler,
             batch,
-            ce_weight=config.cross_entropy,
+            objective=objective,
+            teacher_states=None if teacher is None else teacher.states(batch),
             stop=stop.requested(),
             balance_tokens=config.zero_experts.balance_tokens,
         )
@@ -273,20 +247,24 @@ def _loop(
         progress.iteration += 1
         progress.consumed_samples += config.train.global_batch_size
         progress.skipped_steps += not result.updated
-        skipped_in_a_row = 0 if result.updated else skipped_in_a_row + 1
+        weight = weight_of(student.chunks, progress)
+        if result.updated:
+            control_weight(config, student.chunks, progress, statistics.skip_rate)
+        progress.skipped_in_a_row = 0 if result.updated else progress.skipped_in_a_row + 1
 
         values = _step_values(config, progress, result, statistics, learning_rate, batch.tokens / seconds)
+        values["zero_expert_weight"] = weight
         if held_out is not None and (
             progress.iteration % config.validation.eval_interval == 0 or progress.iteration == train_iters
         ):
             outcome = _validate(student, held_out)
-            values |= {"kl_forward": outcome.kl_forward, "validation": asdict(outcome)}
+            values["validation"] = asdict(outcome)
             metrics.say(banner.validation_line(progress.iteration, outcome))
         metrics.step(values)
 
-        if skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
+        if progress.skipped_in_a_row >= config.train.max_skipped_steps:
             raise ZedaError(
-                f"{skipped_in_a_row} steps in a row without a finite loss and gradient",
+                f"{progress.skipped_in_a_row} steps in a row without a finite loss and gradient",
                 where=f"step {progress.iteration}",
                 fix="lower optimizer.lr, and look at the data of these steps; the last checkpoint is intact",
             )
@@ -324,10 +302,10 @@ def _step_values(
     balance = config.zero_experts.balance_coeff * sum(statistics.balance_loss_per_layer)
     return {
         "step": progress.iteration,
-        "loss": config.cross_entropy * result.ce + balance,
+        "loss": result.loss + balance,
         "ce": result.ce,
-        "kl_forward": None,
-        "kl_reverse": None,
+        "kl_forward": result.kl_forward,
+        "kl_reverse": result.kl_reverse,
         "balance_loss": statistics.balance_loss,
         "balance_loss_per_layer": list(statistics.balance_loss_per_layer),
         "skip_rate": statistics.skip_rate,

@@ -62,7 +62,7 @@ class Metrics:
         if self._bar.disable:
             self.say(_line(values, self._last_step))
         else:
-            self._bar.set_postfix_str(f"ce {values['ce']:.4f}, skip {100 * values['skip_rate']:.1f} %")
+            self._bar.set_postfix_str(f"{_terms(values)}, skip {100 * values['skip_rate']:.1f} %")
         self._write_board(values)
 
     def _write_board(self, values: dict[str, Any]) -> None:
@@ -85,10 +85,16 @@ class Metrics:
 def _line(values: dict[str, Any], last_step: int) -> str:
     """What a log file shows of a step."""
     return (
-        f"step {values['step']}/{last_step}: loss {values['loss']:.4f}, ce {values['ce']:.4f}, "
+        f"step {values['step']}/{last_step}: loss {values['loss']:.4f}, {_terms(values)}, "
         f"skip rate {100 * values['skip_rate']:.1f} %, balance {values['balance_loss']:.4f}, "
         f"grad norm {values['grad_norm']:.4g}, lr {values['lr']:.3g}, {values['tokens_per_second']:,.0f} tokens/s"
     )
+
+
+def _terms(values: dict[str, Any]) -> str:
+    """The terms of the objective, as far as they were computed."""
+    names = {"ce": "ce", "kl_forward": "forward KL", "kl_reverse": "reverse KL"}
+    return ", ".join(f"{name} {values[key]:.4f}" for key, name in names.items() if values[key] is not None)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

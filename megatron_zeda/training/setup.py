@@ -26,6 +26,7 @@ from megatron_zeda.data import (
     load_samples,
     load_tokenizer,
 )
+from megatron_zeda.distillation import Objective
 from megatron_zeda.errors import InputError
 from megatron_zeda.launch import ranks_from_environment
 from megatron_zeda.models import build_gpt_model
@@ -201,6 +202,23 @@ def wrap_for_training(config: Config, chunks: list[Any]) -> list[Any]:
     for chunk in wrapped:
         chunk.broadcast_params()
     return wrapped
+
+
+def build_objective(config: Config) -> Objective:
+    """What a step minimises beside the balancing loss."""
+    settings = config.distillation
+    return Objective(
+        cross_entropy=config.cross_entropy,
+        forward_kl=settings.forward_kl,
+        reverse_kl=config.reverse_kl,
+        estimator=settings.estimator,
+        topk=settings.topk,
+        temperature=settings.temperature,
+        clip_ratio_low=settings.clip_ratio_low,
+        clip_ratio_high=settings.clip_ratio_high,
+        importance_cap=settings.importance_cap,
+        chunk_size=settings.chunk_size,
+    )
 
 
 @contextmanager

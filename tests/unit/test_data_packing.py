@@ -17,6 +17,7 @@ from megatron_zeda.data import (
     evaluation_batches,
 )
 from megatron_zeda.data.packing import pack_conversations
+from megatron_zeda.distillation import Objective
 
 CPU = torch.device("cpu")
 KEYS = ("tokens", "labels", "position_ids", "loss_mask", "padding_mask")
@@ -135,7 +136,7 @@ def test_a_step_scales_the_balancing_loss_by_the_micro_steps_that_have_one(monke
     monkeypatch.setattr(step, "get_forward_backward_func", stop)
     batch = packed(make_samples([6]), micro_batch_multiple=2)
     with pytest.raises(InterruptedError):
-        step.train_step([], SimpleNamespace(zero_grad=lambda: None), None, batch, ce_weight=1.0, stop=False)
+        step.train_step([], SimpleNamespace(zero_grad=lambda: None), None, batch, objective=Objective(), stop=False)
     assert given == [batch.loss_tokens] == [3.0]
 
 

@@ -1,5 +1,7 @@
 """The frozen teacher beside a student that is trained (law 8), and the scores computed from its states."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from training_runs import make_config, make_run
 from megatron_zeda.config_megatron import transformer_config
 from megatron_zeda.conversion.megatron_io import latest_iteration
 from megatron_zeda.data import GlobalBatch, training_batches
-from megatron_zeda.distillation import FrozenTeacher, TeacherStates, num_bytes, parity_gate, score
+from megatron_zeda.distillation import FrozenTeacher, Objective, TeacherStates, num_bytes, parity_gate, score
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.training import checkpoint, setup
@@ -48,10 +50,10 @@ def test_law_8_training_the_student_leaves_the_teacher_alone(root: Path, batch: 
     student = setup.wrap_for_training(config, build(root, "student"))
     optimizer, scheduler = setup.build_optimizer(config, student, train_iters=10)
     for _ in range(3):
-        assert train_step(student, optimizer, scheduler, batch, ce_weight=1.0, stop=False).updated
+        assert train_step(student, optimizer, scheduler, batch, objective=Objective(), stop=False).updated
     assert teacher.fingerprint() == before
     again = teacher.states(batch)
-    assert all(torch.equal(a, b) for a, b in zip(states.hidden, again.hidden, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(states.shares, again.shares, strict=True))
 
     mine = {id(p) for chunk in teacher.chunks for p in chunk.parameters()}
     assert not any(p.requires_grad or p.grad is not None for chunk in teacher.chunks for p in chunk.parameters())
@@ -72,11 +74,12 @@ def test_fingerprint_sees_one_bit(root: Path, megatron: None) -> None:
 def test_states_outlive_the_teacher(root: Path, batch: GlobalBatch) -> None:
     teacher = FrozenTeacher(build(root, "teacher"))
     states = teacher.states(batch)
-    for chunk in teacher.chunks:
-        for parameter in chunk.parameters():
-            parameter.data.zero_()
+    weights = [weakref.ref(parameter) for chunk in teacher.chunks for parameter in chunk.parameters()]
+    del teacher
+    gc.collect()
+    assert weights and not any(weight() is not None for weight in weights)
     assert states.weight is not None and states.weight.abs().sum() > 0
-    assert sum(len(hidden) for hidden in states.hidden) == batch.loss_tokens
+    assert sum(states.num_rows) == batch.loss_tokens
     assert num_bytes([states]) == 4 * 32 * (batch.loss_tokens + 96)
 
 
@@ -141,7 +144,9 @@ def test_the_gate_refuses_another_model(root: Path, batch: GlobalBatch, exact: b
 
 def test_the_gate_refuses_garbage(root: Path, batch: GlobalBatch) -> None:
     student = build(root, "student")
-    zeros = TeacherStates([torch.zeros_like(h) for h in FrozenTeacher(build(root, "teacher")).states(batch).hidden])
-    zeros.weight = torch.zeros(96, 32)
-    with pytest.raises(ZedaError):
+    states = FrozenTeacher(build(root, "teacher")).states(batch)
+    zeros = TeacherStates([torch.zeros_like(share) for share in states.shares], states.num_rows, torch.zeros(96, 32))
+    with pytest.raises(
+        ZedaError, match=r"the teacher's cross entropy on \d+ response tokens is 4.564 nats, and guessing"
+    ):
         parity_gate(student, zeros, batch, exact=False)
