@@ -172,6 +172,7 @@ def missing_inputs(config: Config) -> tuple[list[str], list[str]]:
         ("checkpoint.load", config.checkpoint.load, marker),
         *(("dataset.train", name, None) for name in config.dataset.train),
         *(("dataset.validation", name, None) for name in config.dataset.validation),
+        *(("rollout.prompts", name, None) for name in config.rollout.prompts),
     ]
     for key, name, inside in wanted:
         if name is None:

@@ -65,10 +65,36 @@ class Refusal:
 RULES: dict[str, Rule] = {
     "not_served": Rule(("<section>.<setting>",), "has a value that is served (next table)", "use one of those"),
     "checkpoint": Rule(("model.checkpoint",), "is given", "write one with `checkpoint_tools/hf_to_megatron.py`"),
-    "training_data": Rule(("dataset.train",), "names a file or more", "name one or more jsonl files"),
+    "training_data": Rule(("dataset.train",), "in stage 1 names a file or more", "name one or more jsonl files"),
     "run_dir": Rule(("logger.run_dir",), "is given", "name a folder of its own"),
     "run_length": Rule(("train.train_iters", "train.train_epochs"), "exactly one is given", "give exactly one"),
     "objective": Rule(("distillation.cross_entropy",), "a term of the objective has a weight above 0", "use 1.0"),
+    "teacher_needed": Rule(
+        ("teacher.checkpoint",), "given when a KL is in the objective", "name the Megatron folder of the original model"
+    ),
+    "sampled": Rule(
+        ("distillation.estimator", "distillation.temperature"),
+        "`sampled` in stage 2 only, with temperature 1: it needs tokens that the student sampled as it is",
+        "use full",
+    ),
+    "term_settings": Rule(
+        (
+            "distillation.temperature",
+            "distillation.chunk_size",
+            "distillation.estimator",
+            "distillation.topk",
+            "distillation.clip_ratio_low",
+            "distillation.clip_ratio_high",
+        ),
+        "given only with the term they are about: the first two with a KL, the estimator with a reverse KL, the others "
+        "with their estimator",
+        "remove it",
+    ),
+    "teacher_fp8": Rule(
+        ("teacher.fp8", "teacher.fp8_recipe"),
+        "a recipe only with e4m3 or hybrid, and the student's if that has one; both with `model.bf16` only",
+        "use null, or set model.bf16=true",
+    ),
     "sequence_parallel": Rule(
         ("model.sequence_parallel", "model.tensor_model_parallel_size"),
         "on exactly when the size is above 1: so Megatron-Core trains MoE layers",
@@ -242,28 +268,56 @@ RULES: dict[str, Rule] = {
         ("model.tensor_model_parallel_size",), "a multiple or a divisor of the key-value heads", "use one that is"
     ),
     "positions": Rule(("model.seq_length",), "not above the model's positions", "lower it"),
+    "rollout_stage": Rule(("rollout.<setting>",), "in stage 2 only", "remove it, or set `train.stage=2`"),
+    "prompts": Rule(("rollout.prompts",), "in stage 2 names a file or more", "name one or more jsonl files"),
+    "stage_2_data": Rule(("dataset.train",), "in stage 1 only: stage 2 trains on its own responses", "use []"),
+    "samples_per_prompt": Rule(
+        ("rollout.samples_per_prompt",), "divides `train.global_batch_size`, the responses of a step", "use a divisor"
+    ),
+    "server": Rule(
+        ("rollout.url", "rollout.served_model", "rollout.reload", "rollout.timeout_minutes", "rollout.max_retries"),
+        "`rollout.url` with engines that are servers, and none of these with `megatron`",
+        "give the url, or remove the setting",
+    ),
+    "megatron_engine": Rule(
+        ("model.context_parallel_size",),
+        "1 with `rollout.engine=megatron` in stage 2: a new token cannot be split",
+        "use 1, or a server",
+    ),
+    "routing_replay": Rule(
+        ("rollout.routing_replay",),
+        "with `rollout.engine=megatron` only, and without the fused router, which chooses by itself",
+        "turn it off",
+    ),
+    "top_p": Rule(("rollout.top_p",), "above 0", "use a share above 0"),
+    "greedy_samples": Rule(
+        ("rollout.temperature",),
+        "above 0 with several samples of a prompt, which would be the same",
+        "raise it, or set `rollout.samples_per_prompt=1`",
+    ),
+    "sampled_distribution": Rule(
+        ("rollout.temperature",),
+        "1, and `rollout.top_p` too, with `distillation.estimator=sampled`: it estimates the KL from tokens of the "
+        "student's own distribution",
+        "set both to 1, or use `distillation.estimator=full`",
+    ),
+    "rollout_age": Rule(
+        ("rollout.max_staleness",),
+        "`steps_per_rollout` - 1 or more: the last of these steps uses responses that old",
+        "raise it, or lower `steps_per_rollout`",
+    ),
+    "server_weights": Rule(
+        ("rollout.reload",),
+        "given with engines that are servers, unless `max_staleness` lets every step use responses of the first "
+        "weights",
+        "use vllm or sglang",
+    ),
 }
 
 # Rows go when the code that serves the setting comes.
 NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
-    Refusal("train.stage", "stage 2 (on-policy distillation) is not in this version", "use 1"),
-    Refusal("rollout", "training does not generate responses in this version", "run `zeda rollout` before it"),
-    Refusal("distillation.forward_kl", "stage 1 trains on cross entropy alone in this version", "use 0"),
-    Refusal("distillation.reverse_kl", "stage 1 trains on cross entropy alone in this version", "use 0"),
-    Refusal("distillation.topk", "only the full-vocabulary KL is in this version", "use the default"),
-    Refusal("distillation.clip_ratio_low", "only the full-vocabulary KL is in this version", "use the default"),
-    Refusal("distillation.clip_ratio_high", "only the full-vocabulary KL is in this version", "use the default"),
-    Refusal("distillation.importance_cap", "stage 2 is not in this version", "use the default"),
-    Refusal("distillation.chunk_size", "stage 1 trains on cross entropy alone in this version", "use null"),
-    Refusal("distillation.estimator", "only the full-vocabulary KL is in this version", "use full"),
-    Refusal("distillation.temperature", "the KL is measured at temperature 1 in this version", "use 1.0"),
     Refusal("zero_experts.method", "only the ZEDA method is in this version", "use zeda"),
-    Refusal("zero_experts.skip_rate_gain", "w is fixed in this version", "use 0"),
     Refusal("train.trainable", "all parameters are trained in this version", "use all"),
-    Refusal("train.max_skipped_steps", "the number is fixed in this version", "use 10"),
-    Refusal("teacher.fp8", "the teacher computes as the student in this version", "use model"),
-    Refusal("teacher.fp8_recipe", "the teacher computes as the student in this version", "use null"),
-    Refusal("teacher.placement", "the teacher stays on the training device in this version", "use device"),
     Refusal("dataset.num_workers", "the training process tokenises by itself in this version", "use 0"),
     Refusal(
         "model.fp8_recipe",

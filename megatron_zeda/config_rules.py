@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 from megatron_zeda.config import Config, smallest_world_size
+from megatron_zeda.config_distillation_rules import distillation_problems
 from megatron_zeda.config_megatron import length_multiple, micro_batch_multiple
 from megatron_zeda.config_model_rules import (
     context_problems,
@@ -23,6 +24,7 @@ from megatron_zeda.config_model_rules import (
 )
 from megatron_zeda.config_pipeline_rules import pipeline_problems
 from megatron_zeda.config_refusals import NOT_IN_THIS_VERSION, Problem
+from megatron_zeda.config_rollout_rules import rollout_problems
 
 
 def get(config: Config, key: str) -> Any:
@@ -56,6 +58,8 @@ def find_problems(
         *_schedule(config),
         *override_problems(config),
         *_zero_experts(config),
+        *distillation_problems(config),
+        *rollout_problems(config),
     ]
     if hf_config is not None:
         problems += shape_problems(config, dict(hf_config))
@@ -83,7 +87,7 @@ def _required(config: Config) -> Iterator[Problem]:
             "the Megatron folder to start from is not given",
             "write one with checkpoint_tools/hf_to_megatron.py",
         )
-    if not config.dataset.train:
+    if config.train.stage == 1 and not config.dataset.train:
         yield Problem("training_data", ("dataset.train",), "no training data is given", "name one or more jsonl files")
     if config.logger.run_dir is None:
         yield Problem("run_dir", ("logger.run_dir",), "the folder of the run is not given", "name a folder of its own")

@@ -58,6 +58,19 @@ GROUP_KEY = f"model.overrides.{GROUP}"
 OFFLOAD = {"optimizer__optimizer_cpu_offload": True, "optimizer__use_precision_aware_optimizer": True}
 FP8 = {"model__fp8": "hybrid", "model__fp8_recipe": "tensorwise"}
 FP8_BLOCKS = {"model__fp8": "hybrid", "model__fp8_recipe": "blockwise"}
+STAGE_2 = {
+    "train__stage": 2,
+    "dataset__train": [],
+    "rollout__prompts": ["p"],
+    "teacher__checkpoint": "t",
+}
+SERVER = STAGE_2 | {
+    "rollout__engine": "vllm",
+    "rollout__url": "http://localhost:8000/v1",
+    "rollout__reload": "vllm",
+}
+SAMPLED = STAGE_2 | {"distillation__estimator": "sampled"}
+TEACHER = {"teacher__checkpoint": "original"}
 UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     (
         {**PAPER, "train__global_batch_size": 120},
@@ -109,6 +122,42 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     ({"optimizer__exp_avg_dtype": "bf16"}, 1, "optimizer.exp_avg_dtype", "needs"),
     ({"ddp__overlap_param_gather": True}, 1, "ddp.overlap_param_gather", "ddp.overlap_grad_reduce"),
     ({"distillation__cross_entropy": 0.0}, 1, "distillation.cross_entropy", "weight 0"),
+    ({"distillation__forward_kl": 0.5}, 1, "teacher.checkpoint", "not given, and distillation.forward_kl is 0.5"),
+    ({"distillation__reverse_kl": 1.0}, 1, "teacher.checkpoint", "not given, and distillation.reverse_kl is 1"),
+    (
+        TEACHER | {"distillation__reverse_kl": 1.0, "distillation__estimator": "sampled"},
+        1,
+        "distillation.estimator",
+        "sampled in stage 1, whose tokens the student did not sample",
+    ),
+    ({"distillation__temperature": 2.0}, 1, "distillation.temperature", "2.0 has no effect without a KL"),
+    ({"distillation__chunk_size": 8}, 1, "distillation.chunk_size", "no effect without a KL in the objective"),
+    (
+        TEACHER | {"distillation__forward_kl": 1.0, "distillation__estimator": "topk"},
+        1,
+        "distillation.estimator",
+        "topk has no effect without a reverse KL",
+    ),
+    (
+        TEACHER | {"distillation__reverse_kl": 1.0, "distillation__topk": 8},
+        1,
+        "distillation.topk",
+        "8 has no effect without a reverse KL with estimator topk",
+    ),
+    ({"teacher__fp8_recipe": "blockwise"}, 1, "teacher.fp8_recipe", "blockwise has no effect with teacher.fp8 model"),
+    ({"teacher__fp8": "hybrid", "model__bf16": False}, 1, "teacher.fp8", "computes in bf16; set model.bf16=true"),
+    (
+        FP8 | {"teacher__fp8": "e4m3", "teacher__fp8_recipe": "mxfp8"},
+        1,
+        "teacher.fp8_recipe",
+        "mxfp8, and model.fp8_recipe is tensorwise; use null",
+    ),
+    (
+        TEACHER | FOR_32_RANKS | {"teacher__fp8": "hybrid"},
+        32,
+        "teacher.fp8",
+        "units of an expert are 24 wide on a rank, and tensorwise takes multiples of 16",
+    ),
     ({"model__recompute_method": "uniform"}, 1, "model.recompute_method", "no effect"),
     ({"model__recompute_modules": ["moe"]}, 1, "model.recompute_modules", "no effect"),
     (
@@ -233,4 +282,30 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     ({"model__overrides": {"bf16": True}}, 1, "model.overrides.bf16", "set model.bf16"),
     ({"model__overrides": {"params_dtype": "x"}}, 1, "model.overrides.params_dtype", "set model.bf16"),
     ({"model__overrides": {"calculate_per_token_loss": False}}, 1, "model.overrides.calculate_per_token_loss", ""),
+    ({"rollout__prompts": ["p"], "rollout__top_p": 0.9}, 1, "rollout.prompts", "no effect in stage 1"),
+    (STAGE_2 | {"rollout__prompts": []}, 1, "rollout.prompts", "no prompts to answer; name one or more jsonl files"),
+    (STAGE_2 | {"dataset__train": ["t"]}, 1, "dataset.train", "no effect in stage 2"),
+    (STAGE_2 | {"rollout__samples_per_prompt": 3}, 1, "rollout.samples_per_prompt", "3 does not divide global_batch"),
+    (SERVER | {"rollout__url": None}, 1, "rollout.url", "not given, and rollout.engine is vllm"),
+    (STAGE_2 | {"rollout__url": "http://localhost:8000/v1"}, 1, "rollout.url", "which is no server; remove it"),
+    (STAGE_2 | {"rollout__reload": "vllm"}, 1, "rollout.reload", "no effect with rollout.engine megatron"),
+    (STAGE_2 | CONTEXT, 2, "model.context_parallel_size", "a new token cannot be split; use 1, or a server"),
+    (SERVER | {"rollout__routing_replay": True}, 1, "rollout.routing_replay", "does not tell how it routed"),
+    (
+        STAGE_2 | {"rollout__routing_replay": True, "model__overrides": {"moe_router_fusion": True}},
+        1,
+        "rollout.routing_replay",
+        "whose kernel chooses by itself",
+    ),
+    (STAGE_2 | {"rollout__top_p": 0.0}, 1, "rollout.top_p", "leaves no token"),
+    (STAGE_2 | {"rollout__temperature": 0.0}, 1, "rollout.temperature", "2 greedy responses to a prompt are the same"),
+    (
+        SAMPLED | {"rollout__temperature": 0.0, "rollout__samples_per_prompt": 1},
+        1,
+        "rollout.temperature",
+        "temperature 0 and top_p 1 with estimator sampled",
+    ),
+    (SAMPLED | {"rollout__top_p": 0.9}, 1, "rollout.temperature", "use distillation.estimator=full"),
+    (STAGE_2 | {"rollout__steps_per_rollout": 4}, 1, "rollout.max_staleness", "with steps_per_rollout 4"),
+    (SERVER | {"rollout__reload": None}, 1, "rollout.reload", "after 1 of 10 steps its responses are too old"),
 ]

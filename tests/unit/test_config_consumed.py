@@ -18,6 +18,7 @@ NOT_CONSUMERS = {
     "config_rules.py",
     "config_model_rules.py",
     "config_pipeline_rules.py",
+    "config_rollout_rules.py",
     "config_refusals.py",
     "cli.py",
     "banner.py",

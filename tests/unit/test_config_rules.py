@@ -21,14 +21,17 @@ from config_cases import (
     LOSS,
     PAPER,
     PIPELINE,
+    SAMPLED,
+    SERVER,
     SHAPE,
+    STAGE_2,
     UNFIT,
     VIRTUAL,
     make,
     only,
 )
 
-from megatron_zeda import config_model_rules, config_pipeline_rules, config_rules
+from megatron_zeda import config_model_rules, config_pipeline_rules, config_rollout_rules, config_rules
 from megatron_zeda.config import (
     Config,
     derived,
@@ -87,6 +90,12 @@ def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, te
         (VIRTUAL | {"dataset__packing": True, "train__global_batch_size": 1}, 2),
         (FP8, 1),
         ({"model__moe_token_dispatcher_type": "flex", "model__expert_model_parallel_size": 2}, 2),
+        (STAGE_2, 1),
+        (STAGE_2 | VIRTUAL | {"dataset__packing": True, "rollout__routing_replay": True}, 2),
+        (STAGE_2 | {"rollout__steps_per_rollout": 4, "rollout__max_staleness": 3}, 1),
+        (SERVER | CONTEXT, 2),
+        (SERVER | {"rollout__reload": None, "rollout__max_staleness": 9}, 1),
+        (SAMPLED, 1),
     ],
 )
 def test_what_fits(values: dict[str, Any], world_size: int) -> None:
@@ -240,7 +249,7 @@ ALSO_UNFIT: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
     ({"model__checkpoint": None}, 1, SHAPE),
     ({"dataset__train": []}, 1, SHAPE),
     ({"logger__run_dir": None}, 1, SHAPE),
-    ({"train__stage": 2}, 1, SHAPE),
+    ({"model__fp8": "hybrid", "model__fp8_recipe": "delayed"}, 1, SHAPE),
     ({"model__tensor_model_parallel_size": 3, "model__sequence_parallel": True, "model__seq_length": 24}, 3, SHAPE),
     ({"model__overrides": {"softmax_scale": 1.0}}, 1, SHAPE),
     ({"model__overrides": {"no_such_field": 1}}, 1, SHAPE),
@@ -265,7 +274,8 @@ def test_every_rule_is_in_the_table_and_every_row_is_a_rule() -> None:
 def test_no_problem_is_without_a_row() -> None:
     """Read from the source, because a bad configuration for every branch is not at hand."""
     sources = [
-        Path(module.__file__).read_text() for module in (config_rules, config_model_rules, config_pipeline_rules)
+        Path(module.__file__).read_text()
+        for module in (config_rules, config_model_rules, config_pipeline_rules, config_rollout_rules)
     ]
     calls = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     rules = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "Problem"]
