@@ -133,7 +133,12 @@ def _card(source: MegatronFolder, view: FormatView, summary: dict[str, Any], met
 
 
 def _trained_weight(source: MegatronFolder) -> float | None:
-    """w of the run that saved this checkpoint, from the ``config.yaml`` that training puts beside it."""
+    """w that this checkpoint was trained with: from its manifest, which training writes (older versions: its
+    ``config.yaml``).
+    """
+    recorded = (read_manifest(source.folder) or {}).get("zero_expert_weight")
+    if isinstance(recorded, (int, float)) and not isinstance(recorded, bool):
+        return float(recorded)
     path = source.folder / "config.yaml"
     if not path.is_file():
         return None

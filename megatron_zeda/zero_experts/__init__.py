@@ -9,6 +9,7 @@ from megatron_zeda.zero_experts.config import (
     unsupported_settings,
 )
 from megatron_zeda.zero_experts.group_balance import (
+    controlled_weight,
     group_balancing_loss,
     target_skip_rate,
     weight_for_skip_rate,
@@ -24,6 +25,7 @@ from megatron_zeda.zero_experts.router import (
     ZeroExpertRouter,
     masked_zero_experts,
     set_loss_tokens,
+    set_zero_expert_weight,
     zero_expert_routers,
 )
 from megatron_zeda.zero_experts.specs import get_zero_expert_block_spec, get_zero_expert_layer_spec
@@ -35,6 +37,7 @@ __all__ = [
     "ZeroExpertMoELayer",
     "ZeroExpertRouter",
     "ZeroExpertTransformerConfig",
+    "controlled_weight",
     "default_num_zero_experts",
     "draw_zero_entries",
     "draw_zero_rows",
@@ -44,6 +47,7 @@ __all__ = [
     "masked_zero_experts",
     "router_statistics",
     "set_loss_tokens",
+    "set_zero_expert_weight",
     "target_skip_rate",
     "unsupported_settings",
     "weight_for_skip_rate",

@@ -5,6 +5,8 @@ Shape suffixes: T tokens, G = E + Z experts (E real ones first, then Z zero-outp
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -19,6 +21,30 @@ def weight_for_skip_rate(num_real_experts: int, num_zero_experts: int, skip_rate
     if not 0.0 < skip_rate < 1.0:
         raise ValueError(f"skip_rate must lie strictly between 0 and 1, got {skip_rate}")
     return num_real_experts * skip_rate / (num_zero_experts * (1.0 - skip_rate))
+
+
+# How far the controller may take w from where it began: a target out of reach must not drive it to infinity, from where
+# it would take as long to come back.
+_WIDEST = 32.0
+
+
+def controlled_weight(weight: float, *, initial: float, target: float, measured: float, gain: float) -> float:
+    """The next w of an integral controller: ``log w += gain (target - measured)``.
+
+    The router needs tens of steps to follow w, so the gain is small: where the rate r moves by ``r (1 - r)`` per unit
+    of log w, with a delay of ``tau`` steps, it does not overshoot below ``1 / (4 tau r (1 - r))`` (tau 50, r 0.5: 0.02).
+
+    Args:
+        weight: w of the step that was measured.
+        initial: w at the start; the result is between 1/32 and 32 times it.
+        target: the skip rate that is wanted.
+        measured: that of the step; NaN (no token) leaves w as it is.
+        gain: change of log w per step and unit of skip rate.
+    """
+    if math.isnan(measured):
+        return weight
+    moved = weight * math.exp(gain * (target - measured))
+    return min(max(moved, initial / _WIDEST), initial * _WIDEST)
 
 
 def group_balancing_loss(

@@ -60,6 +60,7 @@ class ZeroExpertRouter(TopKRouter):
         super().__init__(config=wide, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.num_real_experts: int = config.num_moe_experts
         self.zero_logit_bias: float = config.zero_expert_logit_bias
+        self.zero_expert_weight: float = config.zero_expert_weight
         # finalize_model_grads would move the bias of all E + Z columns towards an even load.
         self.frozen_expert_bias = True
         self.counts = RouterCounts()
@@ -140,7 +141,7 @@ class ZeroExpertRouter(TopKRouter):
                 num_tokens=num_tokens,
                 num_real_experts=self.num_real_experts,
                 topk=self.topk,
-                zero_expert_weight=self.config.zero_expert_weight,
+                zero_expert_weight=self.zero_expert_weight,
                 coeff=1.0,
             )
         self.counts.add_balance_loss(loss.detach(), num_tokens)
@@ -245,6 +246,14 @@ def zero_expert_routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> l
     """The zero-expert routers of a model or of a list of model chunks, in layer order per chunk."""
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, ZeroExpertRouter)]
+
+
+def set_zero_expert_weight(model: torch.nn.Module | Iterable[torch.nn.Module], weight: float) -> None:
+    """Let the balancing loss of all routers go on with another w; between steps only, and the same on every rank."""
+    if not weight > 0.0:
+        raise ValueError(f"zero_expert_weight must be positive, got {weight}")
+    for router in zero_expert_routers(model):
+        router.zero_expert_weight = weight
 
 
 @contextmanager
