@@ -11,7 +11,8 @@ Keys of the result (those of a measurement that was not asked for are absent):
     skip_rate                   on response tokens, mean over layers; skip_rate_per_layer; skip_rate_prompt and
                                 skip_rate_prompt_per_layer for the prompt tokens; response_tokens and prompt_tokens are
                                 the counts
-    expert_flops_saved          1 - real rows / (T K) over prompt and response tokens and all layers; K of config.json
+    expert_flops_saved          1 - real rows / (T K) over prompt and response tokens and all layers; K of config.json, or
+                                the one before NET lowered it
     theoretical_speedup         static over dynamic FLOPs at the mean lengths of the rollouts (prefill, decode, total),
                                 prefill with prompt_saved, decode with response_saved: the shares of the K slots of
                                 config.json that prompt and response tokens do not compute
@@ -39,7 +40,8 @@ from megatron_zeda.errors import InputError
 from megatron_zeda.evaluation.accuracy import measure_accuracy, outcomes_of
 from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, theoretical_speedup
 from megatron_zeda.evaluation.scoring import check_ids, read_texts, score_rollouts, score_text
-from megatron_zeda.rollout.decode import Sampling
+from megatron_zeda.models import teacher_topk
+from megatron_zeda.rollout.engine import Request, Sampling
 from megatron_zeda.rollout.files import Prompt, Rollout, read_prompts, read_rollouts
 from megatron_zeda.rollout.hf_folder import read_config, weights_version
 from megatron_zeda.rollout.transformers_engine import TransformersEngine
@@ -130,7 +132,7 @@ def evaluate(inputs: EvaluationInputs, *, device: torch.device | None = None) ->
         with _timed(seconds, "text"):
             found = score_text(
                 engine.model,
-                [engine.tokenizer.encode(text) for text in texts],
+                [engine.codec.tokenizer.encode(text) for text in texts],
                 window=min(engine.context, _LONGEST_WINDOW),
                 batch_size=inputs.batch_size,
                 where=inputs.text,
@@ -154,6 +156,7 @@ def _engine(
         folder,
         dtype=inputs.dtype,
         device=device,
+        batch_size=inputs.batch_size,
         trust_remote_code=inputs.trust_remote_code,
         num_experts_per_token=num_experts_per_token,
     )
@@ -176,7 +179,8 @@ def _teacher(
             fix="give the teacher that the model was made from",
         )
     teacher = _engine(inputs, inputs.teacher, None, device)
-    if engine.vocabulary is not None and teacher.vocabulary is not None and engine.vocabulary != teacher.vocabulary:
+    known = (engine.codec.vocabulary, teacher.codec.vocabulary)
+    if None not in known and known[0] != known[1]:
         raise InputError(
             "the teacher's tokenizer has other tokens than the model's",
             where=inputs.teacher,
@@ -206,10 +210,10 @@ def read_checkable(path: Path, limit: int | None = None) -> list[Prompt]:
 
 def _accuracy(engine: TransformersEngine, prompts: Sequence[Prompt], inputs: EvaluationInputs) -> dict[str, Any]:
     sampling = Sampling(max_new_tokens=inputs.max_new_tokens, temperature=0.0)
-    encoded = [engine.encode(prompt) for prompt in prompts]
-    responses = [r for done in engine.generate(encoded, sampling, batch_size=inputs.batch_size) for r in done]
+    requests = [Request(engine.codec.encode(prompt), row) for row, prompt in enumerate(prompts)]
+    responses = engine.generate(requests, sampling)
     answers = [prompt.answer or "" for prompt in prompts]
-    outcomes = outcomes_of([engine.text(response) for response in responses], answers, inputs.normaliser)
+    outcomes = outcomes_of([engine.codec.text(response) for response in responses], answers, inputs.normaliser)
     total, by_task = measure_accuracy(outcomes, [prompt.task for prompt in prompts])
     asked = [[prompt.id, prompt.content, prompt.answer] for prompt in prompts]
     return {
@@ -231,7 +235,7 @@ def _accuracy(engine: TransformersEngine, prompts: Sequence[Prompt], inputs: Eva
 def _savings(
     engine: TransformersEngine, real_rows: int, tokens: int, scores: dict[str, Any], count: int
 ) -> dict[str, Any]:
-    full_topk, topk = engine.config["num_experts_per_tok"], engine.model.config.num_experts_per_tok
+    full_topk, topk = teacher_topk(engine.config), engine.model.config.num_experts_per_tok
     saved = expert_flops_saved(real_rows, tokens, full_topk)
 
     def saved_by(skip_rate: float | None) -> float:

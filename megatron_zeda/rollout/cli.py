@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_zeda.rollout.decode import Sampling
+from megatron_zeda.rollout.engine import Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,8 @@ def quiet_transformers() -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``zeda rollout`` and return its exit code."""
-    from megatron_zeda.rollout.transformers_engine import rollout
+    from megatron_zeda.rollout.run import rollout
+    from megatron_zeda.rollout.sources import transformers_source
 
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
@@ -68,15 +69,10 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     quiet_transformers()
-    summary = rollout(
-        args.model,
-        args.prompts,
-        args.output,
-        sampling,
-        batch_size=args.batch_size,
-        dtype=args.dtype,
-        trust_remote_code=args.trust_remote_code,
+    source = transformers_source(
+        args.model, batch_size=args.batch_size, dtype=args.dtype, trust_remote_code=args.trust_remote_code
     )
+    summary = rollout(source, args.prompts, args.output, sampling)
     if args.json:
         print(json.dumps(summary, indent=2))
     elif summary["new_responses"] == 0:

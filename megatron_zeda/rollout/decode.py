@@ -1,4 +1,4 @@
-"""Batched generation with a ``transformers`` model: left padding, a key-value cache, greedy or sampled.
+"""Batched generation: what all decode loops share, and the one for a ``transformers`` model (left padding, a cache).
 
 A small loop of our own instead of ``model.generate``: it drops finished rows from the batch, draws each row's tokens
 from the row's own random numbers (so that the batch size does not change a sample), and keeps the log-probabilities.
@@ -8,76 +8,14 @@ Greedy tokens are those of ``model.generate``. Shapes: B rows, S positions, V vo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.rollout.files import FinishReason
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn.
-
-    Attributes:
-        max_new_tokens: longest response; the model's context may end it earlier.
-        temperature: 0 is greedy.
-        top_p: share of the probability mass that tokens are drawn from, most probable first.
-        samples_per_prompt: responses per prompt.
-        seed: of all random numbers.
-
-    Raises:
-        InputError: a value out of its range.
-    """
-
-    max_new_tokens: int = 4096
-    temperature: float = 1.0
-    top_p: float = 1.0
-    samples_per_prompt: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rules: list[tuple[str, bool, str]] = [
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("samples_per_prompt", self.samples_per_prompt >= 1, "at least 1"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ]
-        for name, holds, rule in rules:
-            if not holds:
-                raise InputError("out of range", where=name, value=getattr(self, name), rule=rule)
-        if self.greedy and self.samples_per_prompt > 1:
-            raise InputError(
-                "several greedy samples of a prompt are the same",
-                where="samples_per_prompt",
-                value=self.samples_per_prompt,
-                fix="raise the temperature above 0 or ask for one sample",
-            )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
-        return self.temperature == 0
-
-
-@dataclass
-class Response:
-    """One generated response.
-
-    Attributes:
-        ids: token ids without padding, with the end-of-sequence token when it was generated.
-        logprobs: per token, natural logarithm, under the model's distribution at temperature 1 over all tokens.
-        finish_reason: ``stop`` after an end-of-sequence token, ``length`` otherwise.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
+from megatron_zeda.errors import ZedaError
+from megatron_zeda.rollout.engine import Array, Response, Sampling
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -91,7 +29,7 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
     return ids.to(device), mask.to(device)
 
 
-def draws(seed: int, row: int, count: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+def draws(seed: int, row: int, count: int) -> Array:
     """Return the uniform random numbers in [0, 1) of one row: they depend on the seed and the row alone."""
     return np.random.default_rng([seed, row]).random(count)
 
@@ -123,6 +61,56 @@ def pick_tokens(logits: Tensor, uniform: Tensor | None, *, temperature: float, t
     return (drawn if order is None else order.gather(-1, drawn)).squeeze(-1)
 
 
+class Rows:
+    """The rows of one batch while their responses grow: draws tokens, keeps them, says which rows go on."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: Sampling,
+        rows: Sequence[int],
+        eos_ids: Sequence[int],
+        context: int,
+    ) -> None:
+        """Args as of :func:`decode`."""
+        self.responses = [Response() for _ in prompts]
+        self._sampling = sampling
+        self._limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        self._stop = frozenset(eos_ids if sampling.stop_token_ids is None else sampling.stop_token_ids)
+        self._uniform = None
+        if not sampling.greedy:
+            most = max(self._limits)
+            self._uniform = np.stack([draws(sampling.seed, row, most) for row in rows])
+
+    def pick(self, logits: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Draw the next token of some rows.
+
+        Args:
+            logits: ``[B, V]`` float32.
+            active: which rows these are.
+
+        Returns:
+            Tokens ``[B]`` and their log-probabilities ``[B]``, which are not finite where the logits are not.
+        """
+        draw = None
+        if self._uniform is not None:
+            steps = [len(self.responses[row].ids) for row in active]
+            draw = torch.from_numpy(self._uniform[list(active), steps]).to(logits.device)
+        tokens = pick_tokens(logits, draw, temperature=self._sampling.temperature, top_p=self._sampling.top_p)
+        return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    def add(self, row: int, token: int, logprob: float) -> bool:
+        """Append a token to a row, and return whether the row goes on."""
+        response = self.responses[row]
+        response.ids.append(token)
+        response.logprobs.append(round(logprob, 6))
+        if token in self._stop:
+            response.finish_reason = "stop"
+            return False
+        return len(response.ids) < self._limits[row]
+
+
 @torch.inference_mode()
 def decode(
     model: Any,
@@ -149,17 +137,12 @@ def decode(
     from transformers import DynamicCache
 
     device = model.device
-    limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    responses = [Response() for _ in prompts]
-    uniform = None
-    if not sampling.greedy:
-        uniform = np.stack([draws(sampling.seed, row, max(limits)) for row in rows])
-    active = list(range(len(prompts)))  # response of each row still in the batch; None-free, compacted as rows finish
-    stop = set(eos_ids)
+    batch = Rows(prompts, sampling=sampling, rows=rows, eos_ids=eos_ids, context=context)
+    active = list(range(len(prompts)))
     ids, mask = left_pad(prompts, 0, device)
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    for step in range(max(limits)):
+    while True:
         output = model(
             input_ids=ids,
             attention_mask=mask,
@@ -168,29 +151,18 @@ def decode(
             use_cache=True,
             logits_to_keep=1,
         )
-        logits = output.logits[:, -1].float()
-        draw = None if uniform is None else torch.from_numpy(uniform[active, step]).to(device)
-        tokens = pick_tokens(logits, draw, temperature=sampling.temperature, top_p=sampling.top_p)
-        logprobs = logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        tokens, logprobs = batch.pick(output.logits[:, -1].float(), active)
         if not bool(torch.isfinite(logprobs).all()):
             raise ZedaError("the model's logits are not finite", where=type(model).__name__, fix="check its weights")
-        keep = []
-        for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
-            response = responses[active[row]]
-            response.ids.append(token)
-            response.logprobs.append(round(logprob, 6))
-            if token in stop:
-                response.finish_reason = "stop"
-            elif len(response.ids) < limits[active[row]]:
-                keep.append(row)
+        picked = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)
+        keep = [place for place, (row, token, logprob) in enumerate(picked) if batch.add(row, token, logprob)]
         if not keep:
-            break
+            return batch.responses
         if len(keep) < len(active):
             kept = torch.tensor(keep, device=device)
             cache.batch_select_indices(kept)
             tokens, mask, position_ids = tokens[kept], mask[kept], position_ids[kept]
-            active = [active[row] for row in keep]
+            active = [active[place] for place in keep]
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=-1)
         position_ids = position_ids[:, -1:] + 1
-    return responses

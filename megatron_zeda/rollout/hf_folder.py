@@ -147,7 +147,7 @@ def _class_and_config(folder: Path, config: HfConfig, trust_remote_code: bool) -
     if trust_remote_code:
         return AutoModelForCausalLM, AutoConfig.from_pretrained(folder, trust_remote_code=True)
     family = family_for(config)
-    dynamic = family.num_zero_experts(config) > 0
+    dynamic = family.needs_modeling_code(config)
     if config.get("auto_map") and not dynamic:
         raise InputError(
             "the folder brings its own modelling code",

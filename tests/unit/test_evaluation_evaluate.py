@@ -19,6 +19,7 @@ from megatron_zeda.evaluation.evaluate import EvaluationInputs, evaluate
 from megatron_zeda.evaluation.flops import ModelShape
 from megatron_zeda.rollout import Sampling, TransformersEngine, rollout
 from megatron_zeda.rollout.hf_folder import weights_version
+from megatron_zeda.rollout.sources import transformers_source
 
 NEW_TOKENS = 5
 
@@ -38,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_static: Path) -> dict[s
         lines.append({"prompt": text, "answer": "wrong" if wrong else f" {words} ", "task": f"task {number % 2}"})
     prompts = write_lines(folder / "prompts.jsonl", lines)
     rollouts = folder / "rollouts.jsonl"
-    rollout(tiny_static, prompts, rollouts, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0))
+    rollout(transformers_source(tiny_static), prompts, rollouts, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0))
     text = folder / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 5)
     return {"prompts": prompts, "rollouts": rollouts, "text": text}

@@ -20,6 +20,7 @@ from megatron_zeda.evaluation.evaluate import EvaluationInputs, evaluate
 from megatron_zeda.models.glm4_moe_lite import Glm4MoeLite
 from megatron_zeda.rollout import Sampling, read_rollouts, rollout
 from megatron_zeda.rollout.hf_folder import load_model
+from megatron_zeda.rollout.sources import transformers_source
 
 CPU = torch.device("cpu")
 IDS = torch.arange(12)[None] % 40
@@ -104,7 +105,7 @@ def test_a_masked_student_is_its_teacher_without_the_key(tmp_path: Path) -> None
 def test_rollouts_and_evaluation_of_a_student(tmp_path: Path, drafting: Path) -> None:
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("ab", "a long one", "q?")])
     sampling = Sampling(max_new_tokens=7, temperature=0.0)
-    rollout(drafting / "static", prompts, tmp_path / "rollouts.jsonl", sampling)
+    rollout(transformers_source(drafting / "static"), prompts, tmp_path / "rollouts.jsonl", sampling)
     responses = read_rollouts(tmp_path / "rollouts.jsonl")
     inputs = {"teacher": drafting / "static", "rollouts": tmp_path / "rollouts.jsonl"}
     teacher = evaluate(EvaluationInputs(drafting / "static", **inputs))

@@ -256,11 +256,12 @@ def test_worked_shape_of_air() -> None:
 
 
 def test_rollouts_are_greedy_tokens_of_generate(air: Path) -> None:
-    from megatron_zeda.rollout import Sampling, TransformersEngine
+    from megatron_zeda.rollout import Request, Sampling, TransformersEngine
 
     for name in ("static", "dynamic"):
         engine = TransformersEngine(air / name)
-        (responses,) = engine.generate([[3, 9, 17], [5, 8]], Sampling(max_new_tokens=6, temperature=0.0), batch_size=2)
+        requests = [Request([3, 9, 17], 0), Request([5, 8], 1)]
+        responses = engine.generate(requests, Sampling(max_new_tokens=6, temperature=0.0))
         for prompt, response in zip([[3, 9, 17], [5, 8]], responses, strict=True):
             wanted = engine.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)
             assert response.ids == wanted[0, len(prompt) :].tolist()

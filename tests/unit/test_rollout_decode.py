@@ -11,7 +11,7 @@ import torch
 from tiny_hf import VOCABULARY
 
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.rollout import Response, Sampling, TransformersEngine
+from megatron_zeda.rollout import Request, Response, Sampling, TransformersEngine
 from megatron_zeda.rollout.decode import decode, draws, left_pad, pick_tokens
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
@@ -34,7 +34,8 @@ def prompts() -> list[list[int]]:
 def run(
     engine: TransformersEngine, prompts: list[list[int]], sampling: Sampling, batch_size: int = 32
 ) -> list[Response]:
-    return [r for done in engine.generate(prompts, sampling, batch_size=batch_size) for r in done]
+    engine.batch_size = batch_size
+    return engine.generate([Request(prompt, row) for row, prompt in enumerate(prompts)], sampling)
 
 
 def test_greedy_tokens_are_those_of_generate(engine: TransformersEngine, prompts: list[list[int]]) -> None:
@@ -85,7 +86,7 @@ def test_a_row_keeps_its_random_numbers_when_a_run_goes_on(
 ) -> None:
     sampling = Sampling(max_new_tokens=8, seed=4)
     whole = [r.ids for r in run(engine, prompts, sampling)]
-    rest = [r for done in engine.generate(prompts[4:], sampling, batch_size=5, first_row=4) for r in done]
+    rest = engine.generate([Request(prompts[row], row) for row in range(4, len(prompts))], sampling)
     assert [r.ids for r in rest] == whole[4:]
     assert draws(4, 7, 3).tolist() == draws(4, 7, 9)[:3].tolist()
     assert draws(4, 7, 3).tolist() != draws(4, 8, 3).tolist()

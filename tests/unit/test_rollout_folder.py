@@ -194,7 +194,7 @@ def test_a_folder_without_tokenizer_is_legal_until_text_is_needed(folder: Path) 
     engine = TransformersEngine(folder)
     assert engine.eos_ids == [1]
     with pytest.raises(InputError, match="the folder has no tokenizer"):
-        engine.encode(Prompt(0, "a", None, None, "p:1"))
+        engine.codec.encode(Prompt(0, "a", None, None, "p:1"))
 
 
 def test_the_dial_of_a_dynamic_folder_is_used(tmp_path: Path, tiny_static: Path) -> None:

@@ -14,6 +14,7 @@ from tiny_hf import EOS, VOCABULARY, write_lines
 from megatron_zeda.errors import InputError
 from megatron_zeda.rollout import Sampling, cli, read_rollouts, rollout
 from megatron_zeda.rollout.hf_folder import weights_version
+from megatron_zeda.rollout.sources import transformers_source
 from megatron_zeda.rollout.transformers_engine import TransformersEngine
 
 PROMPTS: list[dict[str, Any]] = [
@@ -38,7 +39,7 @@ def test_the_output_has_the_prompts_in_order_with_everything_about_them(
     tmp_path: Path, tiny_dynamic: Path, prompts: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    summary = rollout(tiny_dynamic, prompts, output, SAMPLED, batch_size=3)
+    summary = rollout(transformers_source(tiny_dynamic, batch_size=3), prompts, output, SAMPLED)
     lines = read_rollouts(output)
     assert [line.id for line in lines] == ["first", "first", "second", "second", 2, 2, "last", "last"]
     assert [line.sampling["sample"] for line in lines] == [0, 1] * 4
@@ -72,20 +73,20 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, tiny_static: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    rollout(tiny_static, prompts, whole, SAMPLED)
+    rollout(transformers_source(tiny_static), prompts, whole, SAMPLED)
     original = TransformersEngine.generate
 
-    def killed(self: TransformersEngine, *args: Any, **kwargs: Any) -> Any:
-        for responses in original(self, *args, **kwargs):
-            yield responses[:3]
+    def killed(self: TransformersEngine, requests: Any, sampling: Any) -> Any:
+        if requests[0].row:
             raise KeyboardInterrupt
+        return original(self, requests, sampling)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TransformersEngine, "generate", killed)
-        rollout(tiny_static, prompts, output, SAMPLED)
+        rollout(replace(transformers_source(tiny_static), window=3), prompts, output, SAMPLED)
     partial = tmp_path / "out.jsonl.partial"
     partial.write_text(partial.read_text() + '{"id": "second", "mes')
-    summary = rollout(tiny_static, prompts, output, SAMPLED)
+    summary = rollout(transformers_source(tiny_static), prompts, output, SAMPLED)
     assert (summary["resumed_after"], summary["new_responses"]) == (3, 5)
     for found, wanted in zip(read_rollouts(output), read_rollouts(whole), strict=True):
         assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)  # other batches round differently
@@ -95,32 +96,37 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
         raise AssertionError("a complete output was generated again")
 
     monkeypatch.setattr(TransformersEngine, "generate", never)
-    assert rollout(tiny_static, prompts, output, SAMPLED)["new_responses"] == 0
+    assert rollout(transformers_source(tiny_static), prompts, output, SAMPLED)["new_responses"] == 0
 
 
 def test_an_output_of_another_run_is_refused(
     tmp_path: Path, tiny_static: Path, tiny_dynamic: Path, prompts: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    rollout(tiny_static, prompts, output, SAMPLED)
+    rollout(transformers_source(tiny_static), prompts, output, SAMPLED)
     content = output.read_text()
     with pytest.raises(InputError, match="another `weights_version`"):
-        rollout(tiny_dynamic, prompts, output, SAMPLED)
+        rollout(transformers_source(tiny_dynamic), prompts, output, SAMPLED)
     with pytest.raises(InputError, match="another `sampling`"):
-        rollout(tiny_static, prompts, output, Sampling(max_new_tokens=6, temperature=1.3, samples_per_prompt=2))
+        rollout(
+            transformers_source(tiny_static),
+            prompts,
+            output,
+            Sampling(max_new_tokens=6, temperature=1.3, samples_per_prompt=2),
+        )
     assert output.read_text() == content
 
 
 def test_a_prompt_longer_than_the_context_is_named(tmp_path: Path, tiny_static: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b" * 96}])
     with pytest.raises(InputError, match=r"p.jsonl:2: the prompt has 96 tokens; fewer than 96"):
-        rollout(tiny_static, path, tmp_path / "out.jsonl", SAMPLED)
+        rollout(transformers_source(tiny_static), path, tmp_path / "out.jsonl", SAMPLED)
     assert not list(tmp_path.glob("out*"))
 
 
 def test_impossible_batch_size_is_refused(tmp_path: Path, tiny_static: Path, prompts: Path) -> None:
     with pytest.raises(InputError, match="batch_size"):
-        rollout(tiny_static, prompts, tmp_path / "out.jsonl", SAMPLED, batch_size=0)
+        rollout(transformers_source(tiny_static, batch_size=0), prompts, tmp_path / "out.jsonl", SAMPLED)
 
 
 def command(*arguments: str) -> argparse.Namespace:
