@@ -88,6 +88,8 @@ def unavailable_here(config: Config) -> list[str]:
                 lines.append(f"{key}: {json.dumps(wanted)} needs Transformer Engine and a GPU")
     if model.fp8 is not None and not platform.have_transformer_engine():
         lines.append(f"model.fp8: {json.dumps(model.fp8)} needs Transformer Engine and a GPU")
+    if config.teacher.fp8 not in ("model", "none") and not platform.have_transformer_engine():
+        lines.append(f"teacher.fp8: {json.dumps(config.teacher.fp8)} needs Transformer Engine and a GPU")
     for name in sorted(_NEED_TRANSFORMER_ENGINE.intersection(model.overrides)):
         if model.overrides[name] and not platform.have_transformer_engine():
             value = json.dumps(model.overrides[name])
@@ -120,18 +122,25 @@ def _no_dispatcher(config: Config) -> list[str]:
 
 
 def _no_fp8(config: Config) -> list[str]:
-    """Why this GPU cannot compute with the recipe, in Transformer Engine's words."""
-    if config.model.fp8 is None or not platform.have_transformer_engine():
+    """Why this GPU cannot compute with a recipe, in Transformer Engine's words."""
+    recipes = {"model.fp8_recipe": config.model.fp8_recipe or "tensorwise"} if config.model.fp8 else {}
+    teacher_fp8, teacher_recipe = config.teacher_fp8
+    if teacher_fp8 is not None and teacher_recipe not in recipes.values():
+        recipes["teacher.fp8_recipe"] = teacher_recipe or "tensorwise"
+    if not recipes or not platform.have_transformer_engine():
         return []
     import torch  # noqa: F401  # before Transformer Engine, whose libraries need it
     from transformer_engine import pytorch as te
 
-    recipe = config.model.fp8_recipe or "tensorwise"
-    available = getattr(te, _RECIPE_CHECKS.get(recipe, ""), None)
-    if available is None:
-        return [f"model.fp8_recipe: {recipe} is not in this Transformer Engine"]
-    supported, reason = available(return_reason=True)
-    return [] if supported else [f"model.fp8_recipe: {recipe} cannot be used on this GPU: {reason}"]
+    lines = []
+    for key, recipe in recipes.items():
+        available = getattr(te, _RECIPE_CHECKS.get(recipe, ""), None)
+        if available is None:
+            lines.append(f"{key}: {recipe} is not in this Transformer Engine")
+            continue
+        supported, reason = available(return_reason=True)
+        lines += [] if supported else [f"{key}: {recipe} cannot be used on this GPU: {reason}"]
+    return lines
 
 
 def _no_attention(config: Config) -> list[str]:

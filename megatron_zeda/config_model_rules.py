@@ -107,7 +107,9 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
             "use p2p or all_gather",
         )
     if model.fp8 is not None:
-        yield from _fp8_shape(config, shape)
+        yield from _fp8_shape(config, shape, "model", model.fp8_recipe)
+    elif config.teacher_fp8[0] is not None and config.teacher.checkpoint is not None:
+        yield from _fp8_shape(config, shape, "teacher", config.teacher_fp8[1])
     longest = shape["max_sequence_length"]
     if model.seq_length > longest:
         yield Problem(
@@ -121,17 +123,17 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
     yield from joint_problems(config, hf_config, shape)
 
 
-def _fp8_shape(config: Config, shape: Mapping[str, Any]) -> Iterator[Problem]:
+def _fp8_shape(config: Config, shape: Mapping[str, Any], section: str, recipe: str | None) -> Iterator[Problem]:
     """Widths that FP8 GEMMs do not take, of one rank's part; Transformer Engine would end the first step."""
     model = config.model
-    multiple = 32 if model.fp8_recipe == "mxfp8" else 16
+    multiple = 32 if recipe == "mxfp8" else 16
     for noun, width, name in [("hidden states", shape["hidden_size"], None), *_linear_widths(config, shape)]:
         parts = 1 if name is None else getattr(model, name)
         if width % parts == 0 and width // parts % multiple:
             yield Problem(
                 "fp8_widths",
-                ("model.fp8", "model.fp8_recipe", *([f"model.{name}"] if name else [])),
-                f"{noun} are {width // parts} wide on a rank, and {model.fp8_recipe} takes multiples of {multiple}",
+                (f"{section}.fp8", f"{section}.fp8_recipe", *([f"model.{name}"] if name else [])),
+                f"{noun} are {width // parts} wide on a rank, and {recipe} takes multiples of {multiple}",
                 f"lower {name}, or do without FP8" if parts > 1 else "do without FP8",
             )
 

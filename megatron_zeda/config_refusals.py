@@ -172,7 +172,7 @@ RULES: dict[str, Rule] = {
         "set model.bf16=true",
     ),
     "fp8_widths": Rule(
-        ("model.fp8",),
+        ("model.fp8", "teacher.fp8"),
         "every width of a linear layer on one rank (hidden states, attention and its latent vectors, experts, shared "
         "experts, dense layers) is a multiple of 16, mxfp8 32",
         "lower the parallel size, or do without FP8",
