@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 if os.environ.get("ZEDA_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -29,14 +30,30 @@ def _end_process_groups() -> None:
 
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    gc.collect()  # models in reference cycles hold their groups, and every gloo group polls in a thread of its own
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def _forget_groups() -> None:
+    """Collect models that have no user: in reference cycles they hold their groups, and every gloo group polls in a
+    thread of its own, a hundred times a second. Python itself collects long after thousands of them."""
+    gc.unfreeze()  # what make_run() froze may have died since
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def _no_left_over_groups(request: pytest.FixtureRequest) -> None:
+def _no_left_over_groups(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that use `megatron` share its groups while they follow each other; any other test starts without."""
     if "megatron" not in request.fixturenames and torch.distributed.is_initialized():
         _end_process_groups()
+        _forget_groups()
+    before = _num_threads()
+    yield
+    if _num_threads() > before + 30 and not torch.distributed.is_initialized():
+        _forget_groups()
 
 
 @pytest.fixture
