@@ -141,6 +141,23 @@ def parity_gate(student: list[Any], teacher: TeacherStates, batch: GlobalBatch, 
     )
 
 
+def sanity_gate(student: list[Any], teacher: TeacherStates, batch: GlobalBatch) -> Scores:
+    """Refuse a teacher that predicts worse than chance, whatever its student has become; a collective call.
+
+    Args and errors as of :func:`parity_gate`.
+    """
+    was_training = [chunk.training for chunk in student]
+    for chunk in student:
+        chunk.eval()
+    router_statistics(student)
+    scores = score(student, batch, teacher)
+    router_statistics(student)
+    for chunk, training in zip(student, was_training, strict=True):
+        chunk.train(training)
+    check_sane(scores, next(module.vocab_size for module in student[0].modules() if hasattr(module, "vocab_size")))
+    return scores
+
+
 def check_sane(scores: Scores, vocabulary_size: int) -> None:
     """Refuse a teacher that predicts the responses worse than chance: its weights or the tokens are not the right ones.
 

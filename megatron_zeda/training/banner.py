@@ -15,6 +15,7 @@ from megatron_zeda.conversion.hf_folder import CARRIED_FILE
 from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import training_batches
 from megatron_zeda.distillation import FrozenTeacher, Scores, TeacherStates, num_bytes
+from megatron_zeda.training.on_policy import PromptSet
 from megatron_zeda.training.setup import Data
 from megatron_zeda.training.validation import HeldOut, ValidationResult
 
@@ -40,8 +41,7 @@ def lines(config: Config, facts: dict[str, Any], data: Data, chunks: list[Any]) 
         *kernel_lines(chunks[0].config),
         f"model: {facts['family']}, {facts['num_experts']} experts + {facts['num_zero_experts']} zero experts a layer, "
         f"{parameters:,} parameters on this rank, {'bf16' if model.bf16 else 'fp32'}",
-        f"zero experts: w {facts['zero_expert_weight']:g}, alpha {config.zero_experts.balance_coeff:g}, "
-        f"target skip rate {100 * facts['target_skip_rate']:.1f} %",
+        _method_line(config, facts),
         f"layout: {layout} = {facts['world_size']} processes",
         _batch_line(config, data),
     ]
@@ -55,7 +55,9 @@ def lines(config: Config, facts: dict[str, Any], data: Data, chunks: list[Any]) 
             f"longest {statistics.longest:,}; {statistics.cut_to_sequence} cut to the sequence, "
             f"{statistics.stopped_at_limit} stopped at a length limit"
         )
-    epochs = facts["train_iters"] * config.train.global_batch_size / data.statistics["train"].samples
+    if data.prompts is not None:
+        text.append(_rollout_line(config, data.prompts))
+    epochs = facts["train_iters"] * config.train.global_batch_size / data.num_samples
     text.append(
         f"schedule: {facts['train_iters']} steps ({epochs:.2f} epochs), {config.scheduler.lr_decay_style}, "
         f"lr {config.optimizer.lr:g} to {config.optimizer.min_lr:g}"
@@ -95,6 +97,25 @@ def teacher_lines(
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:,.3f} MiB"
+
+
+def _method_line(config: Config, facts: dict[str, Any]) -> str:
+    """The method and its numbers, and what is trained where that is not everything."""
+    zero = config.zero_experts
+    if zero.method == "net":
+        before = facts["teacher_num_experts_per_tok"]
+        text = f"NET: {facts['num_experts_per_tok']} of the teacher's {before} experts a token"
+    else:
+        name = {"zeda": "zero experts", "adamoe": "zero experts, weights renormalised (AdaMoE)", "copy": "copy experts"}
+        text = (
+            f"{name[zero.method]}: w {facts['zero_expert_weight']:g}, alpha {zero.balance_coeff:g}, "
+            f"target skip rate {100 * facts['target_skip_rate']:.1f} %"
+        )
+    if zero.balance_tokens != "all" and zero.method != "net":
+        text += f", of {zero.balance_tokens} tokens"
+    if zero.skip_rate_gain:
+        text += f", w moved with gain {zero.skip_rate_gain:g}"
+    return text if config.train.trainable == "all" else f"{text}; only the routers are trained"
 
 
 def kernel_lines(model_config: Any) -> list[str]:
@@ -137,6 +158,8 @@ def _carried_line(path: Path) -> list[str]:
 
 def _batch_line(config: Config, data: Data) -> str:
     """What a step computes, from the first one of the run."""
+    if data.prompts is not None:
+        return f"batch: {config.train.global_batch_size} responses a step"
     first = next(training_batches(data.train, seed=config.dataset.seed, consumed_samples=0))
     kind = "packs" if config.dataset.packing else "rows"
     padding = 1.0 - first.tokens / first.positions
@@ -144,6 +167,24 @@ def _batch_line(config: Config, data: Data) -> str:
         f"batch: {config.train.global_batch_size} conversations a step, in the first one {len(first.micro_batches)} "
         f"micro-batches a rank, {first.positions // first.seq_length} {kind} of {first.seq_length:,} tokens in all, "
         f"{100 * padding:.0f} % of it padding"
+    )
+
+
+def _rollout_line(config: Config, prompts: PromptSet) -> str:
+    """Who answers which prompts."""
+    rollout, lengths = config.rollout, [len(ids) for ids in prompts.ids]
+    return (
+        f"rollouts: {len(lengths):,} prompts of {sum(lengths) / len(lengths):,.0f} tokens (longest {max(lengths):,}), "
+        f"{rollout.samples_per_prompt} responses to each, at most {rollout.max_new_tokens:,} tokens long, engine "
+        f"{rollout.engine}, temperature {rollout.temperature:g}, top-p {rollout.top_p:g}"
+    )
+
+
+def sane_line(scores: Scores) -> str:
+    """What was measured of a teacher whose student has been trained before."""
+    return (
+        f"the student has been trained before, so it is not compared with its teacher: on {scores.tokens} response "
+        f"tokens the KL between them is {scores.kl:.4f}, the cross entropy of the teacher {scores.teacher_ce:.4f}"
     )
 
 
@@ -158,10 +199,8 @@ def gate_line(scores: Scores) -> str:
 def validation_line(step: int, result: ValidationResult) -> str:
     """One evaluation on the held-out responses."""
     distance = "" if result.kl_forward is None else f", KL to the teacher {result.kl_forward:.4f}"
-    return (
-        f"step {step}: held out: ce {result.ce:.4f}{distance}, skip rate {100 * result.skip_rate:.1f} % "
-        f"({result.tokens} response tokens)"
-    )
+    skipped = f", skip rate {100 * result.skip_rate:.1f} %" if result.skip_rate_per_layer else ""
+    return f"step {step}: held out: ce {result.ce:.4f}{distance}{skipped} ({result.tokens} response tokens)"
 
 
 def _yes(value: bool) -> str:

@@ -32,7 +32,7 @@ from megatron_zeda.config_megatron import pipeline_split
 from megatron_zeda.conversion import megatron_io
 from megatron_zeda.conversion.checksums import check_checksums
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
-from megatron_zeda.models import family_for, load_hf_config
+from megatron_zeda.models import family_for, load_hf_config, with_method
 from megatron_zeda.models.hf_config import zero_logit_bias
 from megatron_zeda.training.optimizer_state import (
     METADATA,
@@ -55,6 +55,8 @@ class Progress:
         skipped_steps: steps whose loss or gradient was not finite.
         skipped_in_a_row: how many of them were the last ones.
         zero_expert_weight: w of the next step, where a controller moves it.
+        weights: in stage 2, a name of the student's weights by what they came from.
+        rollout_version: in stage 2, of the weights that sampled the latest responses.
     """
 
     iteration: int = 0
@@ -62,6 +64,8 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     zero_expert_weight: float | None = None
+    weights: str = ""
+    rollout_version: str = ""
 
 
 # Subclasses of RuntimeError that say nothing about a checkpoint: memory, CUDA, NCCL and gloo.
@@ -184,6 +188,8 @@ _OTHER_TEACHER = "the student goes on towards another teacher, which is not comp
 _SAME_ON_RESUMING = (
     ("dataset", "train", _OTHER_SAMPLES),
     ("dataset", "seed", _OTHER_SAMPLES),
+    ("rollout", "prompts", _OTHER_SAMPLES),
+    ("rollout", "samples_per_prompt", _OTHER_SAMPLES),
     ("train", "global_batch_size", _OTHER_SAMPLES),
     ("model", "checkpoint", _OTHER_SAMPLES),
     ("teacher", "checkpoint", _OTHER_TEACHER),
@@ -325,7 +331,7 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
 
 
 def _write_hf_folder(config: Config, source: Path) -> None:
-    """``<save>/hf``: a copy of the model's, with the dial at which the student is trained (law 6)."""
+    """``<save>/hf``: a copy of the model's, with the method and the dial that the student is trained with (law 6)."""
     folder = config.save_dir / megatron_io.HF_FOLDER
     if not folder.exists():
         copy = config.save_dir / ".hf.partial"
@@ -336,8 +342,12 @@ def _write_hf_folder(config: Config, source: Path) -> None:
         assert config.hf_dir is not None  # follows from model.checkpoint
         bias = zero_logit_bias(load_hf_config(config.hf_dir))
     values = load_hf_config(folder)
+    zero = config.zero_experts
+    trained = with_method(values, zero.method, target_skip_rate=zero.target_skip_rate)
     if zero_logit_bias(values) != bias:
-        text = json.dumps({**values, "zeda_zero_logit_bias": bias}, indent=2, ensure_ascii=False)
+        trained["zeda_zero_logit_bias"] = bias
+    if trained != values:
+        text = json.dumps(trained, indent=2, ensure_ascii=False)
         write_atomically(folder / "config.json", text + "\n")
 
 

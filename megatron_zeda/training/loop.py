@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,26 @@ import torch
 from megatron_zeda.config import Config, derived, num_train_iters
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.config_megatron import transformer_config
+from megatron_zeda.conversion import megatron_io
 from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import GlobalBatch, training_batches
-from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate
+from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate, sanity_gate
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.models import family_for, load_hf_config
 from megatron_zeda.training import banner, checkpoint, setup, validation
 from megatron_zeda.training import teacher as teachers
 from megatron_zeda.training.checkpoint import Progress
 from megatron_zeda.training.metrics import Metrics
+from megatron_zeda.training.on_policy import (
+    Counts,
+    Interrupted,
+    build_rollouts,
+    first_weights,
+    next_weights,
+    rollout_values,
+)
 from megatron_zeda.training.signals import StopRequest
-from megatron_zeda.training.step import StepResult, train_step
+from megatron_zeda.training.step import StepResult, no_step, train_step
 from megatron_zeda.training.weight_control import control_weight, start_weight, weight_of
 from megatron_zeda.zero_experts import RouterStatistics, router_statistics
 
@@ -85,7 +95,7 @@ def _run(config: Config, stop: StopRequest) -> bool:
     """
     hf_config = _dynamic_hf_config(config)
     data = setup.load_data(config, hf_config)
-    train_iters = num_train_iters(config, len(data.train.samples))
+    train_iters = num_train_iters(config, data.num_samples)
     assert train_iters is not None  # the rules of the configuration demand train_iters or train_epochs
     held_out = validation.held_out(config, data.validation) if data.validation else None
     resumed_from = checkpoint.resume_folder(config)
@@ -93,7 +103,7 @@ def _run(config: Config, stop: StopRequest) -> bool:
         _need_no_metrics(config)
 
     # The teacher comes first. Unless it is in the objective, only its hidden states on the held-out batches stay.
-    fixture = held_out.batches[0] if held_out else next(training_batches(data.train, seed=0, consumed_samples=0))
+    fixture = _fixture(data, held_out)
     teacher = teachers.build(config, hf_config)
     teacher_bytes = teacher.fingerprint() if teacher is not None else ""
     fixture_states = _run_teacher(config, teacher, held_out, fixture)
@@ -131,10 +141,8 @@ def _run(config: Config, stop: StopRequest) -> bool:
             metrics.say(f"resuming at step {student.progress.iteration} from {resumed_from}{note}")
             for line in changes:
                 metrics.say(line)
-        elif fixture_states is not None:
-            with setup.whole_parameters(student.chunks):
-                gate = parity_gate(student.chunks, fixture_states, fixture, exact=not config.model.bf16)
-            metrics.say(banner.gate_line(gate))
+        elif fixture is not None and fixture_states is not None:
+            metrics.say(_gate(config, student, fixture_states, fixture))
         del fixture_states
         _loop(config, student, teacher, data, held_out, train_iters, metrics, stop)
         if teacher is not None:
@@ -194,11 +202,32 @@ def _build_student(config: Config, hf_config: dict[str, Any], train_iters: int, 
     return _Student(wrapped, optimizer, scheduler, Progress())
 
 
+def _fixture(data: setup.Data, held_out: validation.HeldOut | None) -> GlobalBatch | None:
+    """What the teacher is checked on before the first step; None where the first responses come first."""
+    if held_out:
+        return held_out.batches[0]
+    return next(training_batches(data.train, seed=0, consumed_samples=0)) if data.train.samples else None
+
+
+def _gate(config: Config, student: _Student, states: TeacherStates, fixture: GlobalBatch) -> str:
+    """Refuse a teacher that is not the student's (law 8), and say what was measured.
+
+    A student that was trained before is another model than its teacher: of that teacher it is only asked that it
+    predicts responses.
+    """
+    source = megatron_io.latest_checkpoint_dir(Path(str(config.model.checkpoint)))
+    trained = config.train.stage == 2 and "layout" in megatron_io.read_manifest(source)
+    with setup.whole_parameters(student.chunks):
+        if trained:
+            return banner.sane_line(sanity_gate(student.chunks, states, fixture))
+        return banner.gate_line(parity_gate(student.chunks, states, fixture, exact=not config.model.bf16))
+
+
 def _run_teacher(
-    config: Config, teacher: FrozenTeacher | None, held_out: validation.HeldOut | None, fixture: GlobalBatch
+    config: Config, teacher: FrozenTeacher | None, held_out: validation.HeldOut | None, fixture: GlobalBatch | None
 ) -> TeacherStates | None:
     """The teacher's states on the fixture, in the student's precision; those on the held-out batches go there."""
-    if teacher is None:
+    if teacher is None or fixture is None:
         return None
     if held_out:
         held_out.teacher = [teacher.states(batch) for batch in held_out.batches]
@@ -226,21 +255,32 @@ def _loop(
     if progress.iteration == 0 and held_out is not None:
         metrics.say(banner.validation_line(0, _validate(student, held_out)))
     objective = setup.build_objective(config)
-    batches = training_batches(data.train, seed=config.dataset.seed, consumed_samples=progress.consumed_samples)
+    next_batch = _batches(config, student, data, stop)
     while progress.iteration < train_iters:
         started = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch, counts = next_batch()
+        except Interrupted:
+            metrics.say(f"step {progress.iteration}: saved {_save(config, student)}")
+            metrics.say(_stopping_line(progress, stop))
+            return
         learning_rate = float(student.optimizer.param_groups[0]["lr"])
-        result = train_step(
-            student.chunks,
-            student.optimizer,
-            student.scheduler,
-            batch,
-            objective=objective,
-            teacher_states=None if teacher is None else teacher.states(batch),
-            stop=stop.requested(),
-            balance_tokens=config.zero_experts.balance_tokens,
-        )
+        if batch is None:
+            result = no_step(stop=stop.requested())
+        else:
+            states = None if teacher is None else teacher.states(batch)
+            if progress.iteration == 0 and held_out is None and states is not None and counts is not None:
+                metrics.say(_gate(config, student, states, batch))
+            result = train_step(
+                student.chunks,
+                student.optimizer,
+                student.scheduler,
+                batch,
+                objective=objective,
+                teacher_states=states,
+                stop=stop.requested(),
+                balance_tokens=config.zero_experts.balance_tokens,
+            )
         statistics = router_statistics(student.chunks)
         seconds = time.perf_counter() - started
 
@@ -252,8 +292,12 @@ def _loop(
             control_weight(config, student.chunks, progress, statistics.skip_rate)
         progress.skipped_in_a_row = 0 if result.updated else progress.skipped_in_a_row + 1
 
-        values = _step_values(config, progress, result, statistics, learning_rate, batch.tokens / seconds)
+        tokens = 0 if batch is None else batch.tokens
+        values = _step_values(config, progress, result, statistics, learning_rate, tokens / seconds)
         values["zero_expert_weight"] = weight
+        if counts is not None:
+            values["rollout"] = rollout_values(counts, result.sums, progress.rollout_version)
+            progress.weights = next_weights(config, progress.weights, result.loss, result.grad_norm)
         if held_out is not None and (
             progress.iteration % config.validation.eval_interval == 0 or progress.iteration == train_iters
         ):
@@ -273,9 +317,31 @@ def _loop(
             folder = _save(config, student)
             metrics.say(f"step {progress.iteration}: saved {folder}")
         if result.stop:
-            reason = stop.reason or "another process was asked to stop"
-            metrics.say(f"stopping after step {progress.iteration}: {reason}; the same command goes on from here")
+            metrics.say(_stopping_line(progress, stop))
             return
+
+
+def _stopping_line(progress: Progress, stop: StopRequest) -> str:
+    reason = stop.reason or "another process was asked to stop"
+    return f"stopping after step {progress.iteration}: {reason}; the same command goes on from here"
+
+
+def _batches(
+    config: Config, student: _Student, data: setup.Data, stop: StopRequest
+) -> Callable[[], tuple[GlobalBatch | None, Counts | None]]:
+    """What gives the batch of the next step: in stage 1 the data, in stage 2 the student's own responses."""
+    progress = student.progress
+    if data.prompts is None:
+        batches = training_batches(data.train, seed=config.dataset.seed, consumed_samples=progress.consumed_samples)
+        return lambda: (next(batches), None)
+    rollouts = build_rollouts(config, data.prompts, data.train, student.chunks, stopping=stop.requested)
+    progress.weights = progress.weights or first_weights(config)
+
+    def step() -> tuple[GlobalBatch | None, Counts]:
+        with setup.whole_parameters(student.chunks):
+            return rollouts.step(progress)
+
+    return step
 
 
 def _validate(student: _Student, held_out: validation.HeldOut) -> validation.ValidationResult:

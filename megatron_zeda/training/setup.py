@@ -30,6 +30,7 @@ from megatron_zeda.distillation import Objective
 from megatron_zeda.errors import InputError
 from megatron_zeda.launch import ranks_from_environment
 from megatron_zeda.models import build_gpt_model
+from megatron_zeda.training.on_policy import PromptSet, load_prompts
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -94,15 +95,25 @@ def end_processes(created: bool) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """The samples of a run as batch builders of this rank, and what was read."""
+    """The samples of a run as batch builders of this rank, and what was read.
+
+    Attributes:
+        train: of stage 1 with all its samples, of stage 2 without any.
+        validation: with all held-out samples; None where there are none.
+        statistics: of ``train`` and ``validation``, where they have samples.
+        num_samples: samples of one pass over the data: of stage 2 the responses to all prompts.
+        prompts: of stage 2.
+    """
 
     train: BatchBuilder
     validation: BatchBuilder | None
     statistics: dict[str, SampleStatistics]
+    num_samples: int
+    prompts: PromptSet | None = None
 
 
 def load_data(config: Config, hf_config: dict[str, Any]) -> Data:
-    """Read and tokenise ``dataset.train`` and ``dataset.validation``."""
+    """Read and tokenise ``dataset.train`` and ``dataset.validation``, in stage 2 ``rollout.prompts``."""
     from megatron.core import parallel_state
 
     model, train = config.model, config.train
@@ -127,7 +138,8 @@ def load_data(config: Config, hf_config: dict[str, Any]) -> Data:
             samples, micro_batch_size=train.micro_batch_size, global_batch_size=batch, layout=layout, device=device
         )
 
-    builders: dict[str, BatchBuilder] = {}
+    prompts = load_prompts(config, hf_config) if train.stage == 2 else None
+    builders: dict[str, BatchBuilder] = {} if prompts is None else {"train": builder([])}
     statistics: dict[str, SampleStatistics] = {}
     for name, paths in (("train", config.dataset.train), ("validation", config.dataset.validation)):
         if paths:
@@ -137,7 +149,15 @@ def load_data(config: Config, hf_config: dict[str, Any]) -> Data:
                     Path(path), seq_length=model.seq_length, vocab_size=hf_config["vocab_size"], tokenizer=tokenizer
                 )
             builders[name], statistics[name] = builder(samples), SampleStatistics.of(samples)
-    return Data(train=builders["train"], validation=builders.get("validation"), statistics=statistics)
+    return Data(
+        train=builders["train"],
+        validation=builders.get("validation"),
+        statistics=statistics,
+        num_samples=(
+            len(builders["train"].samples) if prompts is None else len(prompts.ids) * config.rollout.samples_per_prompt
+        ),
+        prompts=prompts,
+    )
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------

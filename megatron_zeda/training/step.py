@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_zeda import platform
 from megatron_zeda.data import GlobalBatch, MicroBatch
 from megatron_zeda.distillation import (
     SUM_NAMES,
@@ -54,6 +55,18 @@ class StepResult:
     grad_norm: float
     updated: bool
     stop: bool
+
+
+def no_step(*, stop: bool) -> StepResult:
+    """What a step without a batch has done; a collective call.
+
+    Args:
+        stop: whether this rank wants to stop.
+    """
+    stops = torch.tensor(float(stop), device=platform.device())
+    torch.distributed.all_reduce(stops)
+    nothing = float("nan")
+    return StepResult(nothing, None, None, None, dict.fromkeys(SUM_NAMES, 0.0), nothing, False, bool(stops > 0))
 
 
 def train_step(

@@ -1,0 +1,612 @@
+"""Stage 2: every step trains on responses that the student has just given.
+
+A run asks for response 0, 1, 2, ... without end. Response ``r`` is sample ``r % n`` of the prompt at position
+``r // n`` of the order that ``dataset.seed`` draws, and its random numbers are those of row ``r``. So nothing but the
+number of responses a run has asked for must be saved for it to go on with the same prompts and random numbers.
+
+``<run_dir>/rollouts/step_0000001.jsonl`` holds the responses of the first step, as ``zeda rollout`` writes them. Lines
+are appended while they are generated, and a run that was killed uses what is there, if the weights that have sampled it
+are those it has again: their name (:func:`first_weights`, :func:`next_weights`) says what they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch.distributed as dist
+
+from megatron_zeda.config import Config
+from megatron_zeda.config_io import to_yaml
+from megatron_zeda.conversion import megatron_io
+from megatron_zeda.data import BatchBuilder, BatchOrder, GlobalBatch, Sample
+from megatron_zeda.data.jsonl import parse_line
+from megatron_zeda.errors import InputError, ZedaError, disk_errors
+from megatron_zeda.rollout.codec import Codec
+from megatron_zeda.rollout.engine import Request, Response, RolloutEngine, Sampling
+from megatron_zeda.rollout.files import Prompt, Rollout, parse_rollout, read_prompts
+
+ROLLOUTS = "rollouts"
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a run, tokenised.
+
+    Attributes:
+        prompts: in the order of the files.
+        ids: token ids of each.
+        codec: what has made them, and makes texts of responses.
+        vocab_size: of the model.
+    """
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    codec: Codec
+    vocab_size: int
+
+
+def load_prompts(config: Config, hf_config: dict[str, Any]) -> PromptSet:
+    """Read and tokenise ``rollout.prompts``.
+
+    Raises:
+        InputError: a bad file, a prompt that leaves no room for a response, a tokenizer of another model.
+    """
+    assert config.hf_dir is not None  # the rules of the configuration demand a model
+    # The last token of a sequence is predicted and not read.
+    codec = Codec(config.hf_dir, hf_config, tokenizer=config.tokenizer_path, context=config.model.seq_length + 1)
+    prompts = [prompt for path in config.rollout.prompts for prompt in read_prompts(Path(path))]
+    ids = [codec.encode(prompt) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if max(tokens) >= hf_config["vocab_size"]:
+            raise InputError(
+                "token id outside the vocabulary",
+                where=prompt.where,
+                value=max(tokens),
+                rule=f"ids are 0 to {hf_config['vocab_size'] - 1}",
+                fix="use the tokenizer that belongs to the model",
+            )
+    if not codec.eos_ids and config.rollout.stop_token_ids is None:
+        raise InputError(
+            "no token ends a response",
+            where=config.hf_dir,
+            rule="generation_config.json, config.json or the tokenizer names one",
+            fix="set rollout.stop_token_ids",
+        )
+    return PromptSet(prompts, ids, codec, hf_config["vocab_size"])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One response that a run asks for: its row, the number of its prompt and which sample of it this is."""
+
+    row: int
+    prompt: int
+    sample: int
+
+
+class PromptOrder:
+    """Which responses a run asks for; see the module's docstring."""
+
+    def __init__(self, num_prompts: int, *, samples_per_prompt: int, seed: int) -> None:
+        self._order, self._samples = BatchOrder(num_prompts, seed=seed), samples_per_prompt
+
+    def rows(self, first: int, count: int) -> list[Wanted]:
+        """Responses ``first`` to ``first + count - 1`` of the run."""
+        rows = range(first, first + count)
+        return [Wanted(row, self._order[row // self._samples], row % self._samples) for row in rows]
+
+
+# ---- which weights --------------------------------------------------------------------------------------------------
+
+
+class State(Protocol):
+    """What a run saves and gets back for its rollouts to go on.
+
+    Attributes:
+        iteration: steps done.
+        consumed_samples: responses asked for.
+        weights: name of the student's weights.
+        rollout_version: version of the weights that the latest responses were sampled with.
+    """
+
+    iteration: int
+    consumed_samples: int
+    weights: str
+    rollout_version: str
+
+
+def first_weights(config: Config) -> str:
+    """Name the weights that a run begins with, by their checkpoint."""
+    folder = megatron_io.latest_checkpoint_dir(Path(str(config.model.checkpoint)))
+    return _digest(str(folder), str(folder.stat().st_mtime_ns))
+
+
+def next_weights(config: Config, before: str, *numbers: float) -> str:
+    """Name the weights after a step, by those before, the settings, and what the step has measured.
+
+    Two runs that did the same steps with the same settings give the same names, and others do not: hashing the weights
+    themselves would take longer than a step.
+    """
+    return _digest(before, to_yaml(config), *(number.hex() for number in numbers))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def weights_version(updates: int, weights: str) -> str:
+    """The ``weights_version`` of responses: ``step-<steps done>-<name>``."""
+    return f"step-{updates:07d}-{weights}"
+
+
+def steps_of(version: str) -> int:
+    """The number of steps that the weights of a version have seen."""
+    return int(version.split("-")[1])
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+class StepFile:
+    """The responses of one step on disk; only one rank has one."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        self.path = run_dir / ROLLOUTS / f"step_{step:07d}.jsonl"
+        self.partial = self.path.with_name(self.path.name + ".partial")
+
+    def read(self, fits: Callable[[Rollout], bool]) -> tuple[dict[int, Rollout], bool]:
+        """What an earlier start of this run has left that fits, by row, and whether that is all there will be.
+
+        Torn lines and whatever does not fit are passed over: :meth:`begin` removes them.
+        """
+        source = self.path if self.path.is_file() else self.partial
+        found: dict[int, Rollout] = {}
+        fitting = True
+        if source.is_file():
+            with disk_errors(source), source.open(encoding="utf-8", errors="replace") as file:
+                for number, text in enumerate(file, start=1):
+                    try:
+                        rollout = parse_rollout(parse_line(text, f"{source}:{number}"), f"{source}:{number}")
+                    except InputError:
+                        fitting = False
+                        continue
+                    if text.endswith("\n") and fits(rollout):
+                        found[rollout.sampling["row"]] = rollout
+                    else:
+                        fitting = False
+        return found, fitting and source == self.path
+
+    def begin(self, kept: Iterable[Rollout]) -> None:
+        """Start a file with these lines."""
+        with disk_errors(self.partial):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            temporary.write_text("".join(f"{rollout.to_json()}\n" for rollout in kept), encoding="utf-8")
+            os.replace(temporary, self.partial)
+            self.path.unlink(missing_ok=True)
+
+    def append(self, rollouts: Iterable[Rollout]) -> None:
+        """Add lines and hand them to the operating system."""
+        with disk_errors(self.partial), self.partial.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{rollout.to_json()}\n" for rollout in rollouts))
+
+    def finish(self) -> None:
+        """Every response of the step is there, or could not be had."""
+        with disk_errors(self.path):
+            os.replace(self.partial, self.path)
+
+
+# ---- from responses to a batch --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counts:
+    """What became of the responses of a step: the object ``rollout`` of its line in ``metrics.jsonl``.
+
+    Attributes:
+        responses: asked for.
+        trained: in the batch.
+        tokens: of the responses that the engine gave, dropped or not.
+        mean_length: tokens of one of these.
+        stopped: ended by themselves.
+        cut: ended at ``max_new_tokens`` or at ``seq_length``.
+        empty: said nothing.
+        failed: the engine did not give them.
+        too_old: sampled with weights from more than ``rollout.max_staleness`` steps before.
+        dropped: not in the batch: empty, failed, too old, and cut ones under ``rollout.cut_responses=drop``.
+        reused: found in the run's folder instead of generated.
+        staleness: steps between the oldest weights that a response in the batch was sampled with and this step.
+        seconds: spent on generating.
+    """
+
+    responses: int = 0
+    trained: int = 0
+    tokens: int = 0
+    mean_length: float = float("nan")
+    stopped: int = 0
+    cut: int = 0
+    empty: int = 0
+    failed: int = 0
+    too_old: int = 0
+    dropped: int = 0
+    reused: int = 0
+    staleness: int = 0
+    seconds: float = 0.0
+
+
+def to_samples(
+    responses: Sequence[tuple[list[int], Response]], config: Config, *, step: int, vocab_size: int, where: str
+) -> tuple[list[Sample], Counts]:
+    """Choose what is trained on, by token ids alone.
+
+    Args:
+        responses: prompt and response, in the order of their rows.
+        config: says how old a response may be and what happens to cut ones.
+        step: steps done before this one.
+        vocab_size: ids must be below it.
+        where: names the step in the samples.
+
+    Raises:
+        ZedaError: an id outside the vocabulary: the engine has another tokenizer.
+    """
+    counts = Counts(responses=len(responses))
+    samples: list[Sample] = []
+    keep = config.model.seq_length + 1  # the last token is predicted, not read
+    for number, (prompt, response) in enumerate(responses):
+        if response.finish_reason == "error":
+            counts.failed += 1
+            continue
+        counts.tokens += len(response.ids)
+        outside = [i for i in response.ids if not 0 <= i < vocab_size]
+        if outside:
+            raise ZedaError(
+                "the rollout engine gave a token id outside the vocabulary",
+                where=where,
+                value=outside[0],
+                rule=f"ids are 0 to {vocab_size - 1}",
+                fix="let the engine serve the student with its own tokenizer",
+            )
+        age = step - (response.weights_version or 0)
+        cut_to_sequence = len(prompt) + len(response.ids) > keep
+        cut = response.finish_reason == "length" or cut_to_sequence
+        counts.stopped += not cut
+        counts.cut += cut
+        counts.empty += response.empty
+        counts.too_old += age > config.rollout.max_staleness
+        if response.empty or age > config.rollout.max_staleness or (cut and config.rollout.cut_responses == "drop"):
+            continue
+        counts.staleness = max(counts.staleness, age)
+        samples.append(_sample(prompt, response, keep, where=f"{where}:{number + 1}"))
+    counts.trained, counts.dropped = len(samples), len(responses) - len(samples)
+    given = counts.responses - counts.failed
+    counts.mean_length = counts.tokens / given if given else float("nan")
+    return samples, counts
+
+
+def _sample(prompt: list[int], response: Response, keep: int, *, where: str) -> Sample:
+    tokens = [*prompt, *response.ids]
+    logprobs = [*[0.0] * len(prompt), *response.logprobs]
+    routing = None if response.routing is None else response.routing[: keep - 1].astype(np.int16)
+    return Sample(
+        tokens=np.array(tokens[:keep], dtype=np.int32),
+        is_response=np.arange(len(tokens[:keep])) >= len(prompt),
+        where=where,
+        cut_to_sequence=len(tokens) > keep,
+        stopped_at_limit=response.finish_reason == "length",
+        logprobs=np.array(logprobs[:keep], dtype=np.float32),
+        routing=routing,
+    )
+
+
+def to_batch(samples: Sequence[Sample], builder: BatchBuilder) -> GlobalBatch | None:
+    """The batch of a step; dropped responses are empty rows of it. None where there is nothing to train on."""
+    missing = builder.global_batch_size - len(samples)
+    return builder.build_samples([*samples, *[None] * missing]) if samples else None
+
+
+def rollout_values(counts: Counts, sums: Mapping[str, float], version: str) -> dict[str, Any]:
+    """The object ``rollout`` of a step's line in ``metrics.jsonl``.
+
+    Args:
+        counts: of the responses.
+        sums: of the step, by :data:`.estimators.SUM_NAMES`.
+        version: of the weights that sampled the responses.
+    """
+    tokens = sums["tokens"] or float("nan")
+    return {
+        **asdict(counts),
+        # How far trainer and engine are apart on the sampled tokens: log p_trainer - log p_engine.
+        "logprob_gap": sums["logprob_gap"] / tokens,
+        "logprob_gap_max": sums["logprob_gap_max"],
+        "kl_engine": sums["logprob_gap_k3"] / tokens,
+        "importance": sums["importance"] / tokens,
+        "capped": sums["capped"] / tokens,
+        "clipped": sums["clipped"] / tokens,
+        "weights_version": version,
+    }
+
+
+# ---- the rollouts of a run ------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """A rank was asked to stop while responses were generated; raised on all ranks. What there is lies on disk."""
+
+
+@dataclass
+class _Collected:
+    """The responses of one step while they come, by row."""
+
+    wanted: list[Wanted]
+    responses: dict[int, Response] = field(default_factory=dict)
+    reused: int = 0
+    seconds: float = 0.0
+
+
+class Rollouts:
+    """The responses of every step of a run; all ranks make the same calls."""
+
+    def __init__(
+        self,
+        config: Config,
+        prompts: PromptSet,
+        builder: BatchBuilder,
+        engine: RolloutEngine,
+        *,
+        begin: Callable[[str], None] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Args:
+        config: the configuration of the run.
+        prompts: what is asked.
+        builder: makes batches.
+        engine: gives responses. ``collective`` (default True) says that all ranks call it; else the first one does.
+        begin: called on all ranks before responses are generated, with the version of the student's weights.
+        stopping: whether this rank wants to stop.
+        """
+        rollout = config.rollout
+        self.config, self.prompts, self.builder, self.engine = config, prompts, builder, engine
+        self._begin, self._stopping = begin, stopping
+        self.order = PromptOrder(
+            len(prompts.ids), samples_per_prompt=rollout.samples_per_prompt, seed=config.dataset.seed
+        )
+        self.sampling = Sampling(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            samples_per_prompt=rollout.samples_per_prompt,
+            seed=config.train.seed,
+            stop_token_ids=None if rollout.stop_token_ids is None else tuple(rollout.stop_token_ids),
+        )
+        self._ahead: dict[int, _Collected] = {}  # of steps to come
+        self._first = dist.get_rank() == 0
+        self._collective = getattr(engine, "collective", True)
+        self.last_error: str | None = None
+
+    def step(self, state: State) -> tuple[GlobalBatch | None, Counts]:
+        """The batch of the next step; a collective call.
+
+        Returns:
+            The batch, None where every response was dropped, and what became of the responses.
+
+        Raises:
+            Interrupted: some rank wants to stop.
+            ZedaError: the engine cannot be used.
+        """
+        if state.iteration not in self._ahead:
+            self._collect(state)
+        collected = self._ahead.pop(state.iteration)
+        pairs = [(self.prompts.ids[item.prompt], collected.responses[item.row]) for item in collected.wanted]
+        samples, counts = to_samples(
+            pairs,
+            self.config,
+            step=state.iteration,
+            vocab_size=self.prompts.vocab_size,
+            where=f"step {state.iteration + 1}",
+        )
+        counts.reused, counts.seconds = collected.reused, round(collected.seconds, 3)
+        self.last_error = next((response.error for _, response in pairs if response.error), None)
+        return to_batch(samples, self.builder), counts
+
+    def _collect(self, state: State) -> None:
+        """Get the responses of this step and of those to come that are generated with it."""
+        together, size = self.config.rollout.steps_per_rollout, self.config.train.global_batch_size
+        first = state.iteration
+        last = first - first % together + together
+        if self.config.train.train_iters is not None:
+            last = min(last, self.config.train.train_iters)
+        # A run that was stopped between two rollouts uses the rest of the older one.
+        resumed = first % together != 0
+        version = state.rollout_version if resumed else self._version(state)
+        begun = False
+        for step in range(first, last):
+            collected = _Collected(self.order.rows(state.consumed_samples + (step - first) * size, size))
+            file = StepFile(self.config.run_dir, step + 1) if self._first else None
+            if not self._reuse(collected, file, version):
+                if resumed:  # it is gone
+                    resumed, version = False, self._version(state)
+                    collected.responses.clear()
+                    self._restart(collected, file)
+                if not begun and self._begin is not None:
+                    self._begin(version)
+                begun = True
+                self._generate(collected, file, version)
+            self._ahead[step] = collected
+        state.rollout_version = version
+
+    def _version(self, state: State) -> str:
+        """Of the weights that responses are sampled with now."""
+        if not self._collective and self.config.rollout.reload is None:
+            return weights_version(0, "first")  # a server that is never told
+        return weights_version(state.iteration, state.weights)
+
+    def _restart(self, collected: _Collected, file: StepFile | None) -> None:
+        collected.reused = 0
+        if file is not None:
+            file.begin([])
+
+    def _reuse(self, collected: _Collected, file: StepFile | None, version: str) -> bool:
+        """Take what an earlier start of the run has generated; whether nothing else is to come."""
+        found: tuple[dict[int, Rollout], bool] = ({}, False)
+        if file is not None:
+            expected = {item.row: self._record(item) for item in collected.wanted}
+            ids = {item.row: self.prompts.ids[item.prompt] for item in collected.wanted}
+
+            def fits(rollout: Rollout) -> bool:
+                row = rollout.sampling.get("row")
+                return (
+                    isinstance(row, int)
+                    and rollout.weights_version == version
+                    and expected.get(row) == rollout.sampling
+                    and rollout.prompt_ids == ids[row]
+                    and rollout.logprobs is not None
+                    and rollout.engine == self.engine.name
+                )
+
+            # Its routing is in no file: what is to be replayed is generated again.
+            if not self.config.rollout.routing_replay:
+                found = file.read(fits)
+        rollouts, complete = _from_first(found)
+        for row, rollout in rollouts.items():
+            collected.responses[row] = Response(
+                ids=rollout.response_ids,
+                logprobs=rollout.logprobs or [],
+                finish_reason=rollout.finish_reason,
+                weights_version=steps_of(version),
+            )
+        collected.reused = len(rollouts)
+        if complete:  # what is not there could not be had
+            for item in collected.wanted:
+                collected.responses.setdefault(item.row, Response(finish_reason="error"))
+        elif file is not None:
+            file.begin(rollouts.values())
+        return complete
+
+    def _generate(self, collected: _Collected, file: StepFile | None, version: str) -> None:
+        """Ask the engine for what is not there yet, group by group."""
+        started = time.perf_counter()
+        missing = [item for item in collected.wanted if item.row not in collected.responses]
+        group = len(missing)
+        if self._collective:
+            group = self.config.rollout.batch_size * self.builder.layout.data_parallel_size
+        for begin in range(0, len(missing), max(group, 1)):
+            if _any_rank(self._stopping()):
+                raise Interrupted
+            items = missing[begin : begin + group]
+            responses = self._answer([Request(self.prompts.ids[item.prompt], item.row) for item in items])
+            for item, response in zip(items, responses, strict=True):
+                if response.weights_version is None and response.finish_reason != "error":
+                    response.weights_version = steps_of(version)
+                collected.responses[item.row] = response
+            if file is not None:
+                file.append(self._lines(items, responses, version))
+        if file is not None:
+            file.finish()
+        collected.seconds = time.perf_counter() - started
+
+    def _answer(self, requests: list[Request]) -> list[Response]:
+        if self._collective:
+            return self.engine.generate(requests, self.sampling)
+        answer: tuple[list[Response], ZedaError | None] = ([], None)
+        if self._first:
+            try:
+                answer = (self.engine.generate(requests, self.sampling), None)
+            except ZedaError as error:
+                answer = ([], error)
+        responses, failure = _from_first(answer)
+        if failure is not None:
+            raise failure
+        return responses
+
+    def _lines(self, items: Sequence[Wanted], responses: Sequence[Response], version: str) -> list[Rollout]:
+        """What is written of the responses that there are."""
+        return [
+            Rollout(
+                id=self.prompts.prompts[item.prompt].id,
+                messages=[
+                    *self.prompts.prompts[item.prompt].messages,
+                    {"role": "assistant", "content": self.prompts.codec.text(response)},
+                ],
+                prompt_ids=self.prompts.ids[item.prompt],
+                response_ids=response.ids,
+                logprobs=response.logprobs,
+                finish_reason=response.finish_reason,
+                sampling=self._record(item),
+                engine=self.engine.name,
+                weights_version=version if response.weights_version == steps_of(version) else _other(response),
+                answer=self.prompts.prompts[item.prompt].answer,
+                task=self.prompts.prompts[item.prompt].task,
+            )
+            for item, response in zip(items, responses, strict=True)
+            if response.finish_reason != "error" and response.ids
+        ]
+
+    def _record(self, item: Wanted) -> dict[str, Any]:
+        """The ``sampling`` field of a response."""
+        record = asdict(self.sampling)
+        stop = record.pop("stop_token_ids")
+        if stop is not None:
+            record["stop_token_ids"] = list(stop)
+        return record | {"sample": item.sample, "row": item.row}
+
+
+def _other(response: Response) -> str:
+    """The version of weights that were not asked for: a server has not loaded the new ones yet."""
+    return weights_version(response.weights_version or 0, "older")
+
+
+def build_rollouts(
+    config: Config,
+    prompts: PromptSet,
+    builder: BatchBuilder,
+    chunks: list[Any],
+    *,
+    stopping: Callable[[], bool],
+) -> Rollouts:
+    """The rollouts of a run with the engine that ``rollout.engine`` names.
+
+    Args:
+        config: the configuration of the run.
+        prompts: what is asked.
+        builder: makes batches.
+        chunks: the student's model chunks.
+        stopping: whether this rank wants to stop.
+    """
+    from megatron_zeda.rollout.megatron_engine import MegatronEngine
+
+    rollout = config.rollout
+    engine = MegatronEngine(
+        chunks,
+        eos_ids=prompts.codec.eos_ids,
+        context=prompts.codec.context,
+        batch_size=rollout.batch_size,
+        record_routing=rollout.routing_replay,
+    )
+    return Rollouts(config, prompts, builder, engine, stopping=stopping)
+
+
+def _from_first(value: Any) -> Any:
+    """The first rank's value, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _any_rank(mine: bool) -> bool:
+    if dist.get_world_size() == 1:
+        return mine
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return any(everyone)
