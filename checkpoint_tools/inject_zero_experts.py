@@ -22,6 +22,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         args.output,
         num_zero_experts=args.num_zero_experts,
         seed=args.seed,
+        init=args.init,
         shard_bytes=file_bytes(args),
         plan_only=args.dry_run,
     )
@@ -39,6 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--num-zero-experts", type=int, help="Z; half the number of experts if not given")
     parser.add_argument("--seed", type=int, default=0, help="seed of the new router rows and selection biases")
+    parser.add_argument(
+        "--init",
+        default="gaussian",
+        help="new router rows: gaussian (from the old ones), teacher-mean, zeros, or experts (copies of old ones)",
+    )
     add_file_size(parser, "--shard-gb", 2.0, ", if the source has several files")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, the disk and the time it needs")
     return run(parser, _work, argv)

@@ -518,11 +518,14 @@ def _teacher_facts(config: Config, hf_config: Mapping[str, Any], world_size: int
 
 
 def _model_facts(config: Config, hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    from megatron_zeda.models import family_for
+    from megatron_zeda.models import family_for, teacher_topk, with_method
 
-    family = family_for(dict(hf_config), where="model.hf")
-    num_experts, num_zero = family.num_experts(dict(hf_config)), family.num_zero_experts(dict(hf_config))
+    family, zero = family_for(dict(hf_config), where="model.hf"), config.zero_experts
+    student = with_method(dict(hf_config), zero.method, target_skip_rate=zero.target_skip_rate)
+    num_experts, num_zero = family.num_experts(student), family.num_zero_experts(student)
     facts: dict[str, Any] = {"family": family.name, "num_experts": num_experts, "num_zero_experts": num_zero}
+    facts |= {"method": zero.method, "num_experts_per_tok": student["num_experts_per_tok"]}
+    facts["teacher_num_experts_per_tok"] = teacher_topk(student)
     facts["experts_per_rank"] = num_experts // config.model.expert_model_parallel_size
     if config.model.pipeline_model_parallel_size > 1:
         from megatron_zeda.config_megatron import layers_per_stage

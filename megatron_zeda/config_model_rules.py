@@ -79,13 +79,24 @@ def _context_exchanges(config: Config) -> list[Any]:
 
 def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Problem]:
     """What depends on the model's ``config.json``."""
-    from megatron_zeda.models import family_for
+    from megatron_zeda.models import STATIC_METHODS, family_for, with_method
     from megatron_zeda.models.parallel_sizes import not_divided, uneven_key_value_heads
 
     model = config.model
     try:
         family = family_for(hf_config, where=str(config.hf_dir))
         num_zero = family.num_zero_experts(hf_config)
+    except InputError as error:
+        yield Problem("family", ("model.hf",), str(error))
+        return
+    zero = config.zero_experts
+    if num_zero or zero.method in STATIC_METHODS:
+        try:
+            hf_config = with_method(hf_config, zero.method, target_skip_rate=zero.target_skip_rate)
+        except InputError as error:
+            yield Problem("method", ("zero_experts.method", "model.hf"), str(error), "start from another model")
+            return
+    try:
         shape = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
     except InputError as error:
         yield Problem("family", ("model.hf",), str(error))
@@ -176,22 +187,24 @@ def joint_problems(config: Config, hf_config: dict[str, Any] | None, shape: Mapp
     for key, text in unknown.items():
         if key not in reported:
             yield Problem("override_unknown", (key,), text)
-    if hf_config is None or shape["num_zero_experts"]:
+    if hf_config is None or shape["num_zero_experts"] or "dynamic_skipping_beta" in shape:
         wrong = {key.removeprefix("model.overrides.") for key in reported | unknown.keys()}
         for key, text in zero_expert_refusals(config, hf_config, without=wrong):
             yield Problem("zero_experts_refused", (key,), text)
 
 
 def _zero_expert_shape(config: Config, num_experts: int, num_zero: int) -> Iterator[Problem]:
+    from megatron_zeda.models import STATIC_METHODS
+
     asked = config.zero_experts.num_zero_experts
-    if num_zero == 0:
+    if num_zero == 0 and config.zero_experts.method not in STATIC_METHODS:
         yield Problem(
             "dynamic_model",
             ("model.hf",),
             f"{config.hf_dir} is a static model without zero experts",
             "run checkpoint_tools/inject_zero_experts.py and convert its output",
         )
-    elif asked is not None and asked != num_zero:
+    elif num_zero and asked is not None and asked != num_zero:
         yield Problem(
             "num_zero_experts",
             ("zero_experts.num_zero_experts",),

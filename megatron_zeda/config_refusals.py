@@ -234,6 +234,34 @@ RULES: dict[str, Rule] = {
     "skip_rate_target": Rule(
         ("zero_experts.target_skip_rate",), "not with `zero_experts.weight`, which it sets", "give one of the two"
     ),
+    "skip_rate_gain": Rule(
+        ("zero_experts.skip_rate_gain",), "0 unless `zero_experts.balance_coeff` is above 0", "raise that, or use 0"
+    ),
+    "method": Rule(
+        ("zero_experts.method",),
+        "net and dynamic_skipping start from the original model, the others from an injected one, and each from a "
+        "checkpoint of its own",
+        "start from another model",
+    ),
+    "method_without_zero_experts": Rule(
+        (
+            "zero_experts.num_zero_experts",
+            "zero_experts.weight",
+            "zero_experts.balance_coeff",
+            "zero_experts.logit_bias",
+            "zero_experts.skip_rate_gain",
+        ),
+        "not given with the methods net and dynamic_skipping, which have no zero experts",
+        "remove it",
+    ),
+    "skipping_target": Rule(
+        ("zero_experts.target_skip_rate",), "given with the method dynamic_skipping", "give a share below 1 - 1/K"
+    ),
+    "skipping_training": Rule(
+        ("train.stage", "train.trainable"),
+        "1 and all with the method dynamic_skipping, which trains nothing",
+        "use these",
+    ),
     "family": Rule(("model.hf",), "its config.json is a supported model's", "use a model of a supported family"),
     "dynamic_model": Rule(
         ("model.hf",),
@@ -314,10 +342,11 @@ RULES: dict[str, Rule] = {
     ),
 }
 
+# Methods whose model has no zero experts (as megatron_zeda.models.methods has them, without its imports).
+STATIC_METHODS = ("net", "dynamic_skipping")
+
 # Rows go when the code that serves the setting comes.
 NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
-    Refusal("zero_experts.method", "only the ZEDA method is in this version", "use zeda"),
-    Refusal("train.trainable", "all parameters are trained in this version", "use all"),
     Refusal("dataset.num_workers", "the training process tokenises by itself in this version", "use 0"),
     Refusal(
         "model.fp8_recipe",
@@ -338,9 +367,14 @@ NOT_IN_THIS_VERSION: tuple[Refusal, ...] = (
 # TransformerConfig fields that a setting of ours or the trainer itself decides.
 OVERRIDE_OWNERS = {
     "num_zero_experts": "zero_experts.num_zero_experts",
+    "zero_expert_type": "zero_experts.method",
+    "zero_expert_renormalize": "zero_experts.method",
+    "dynamic_skipping_beta": "zero_experts.method",
+    "teacher_router_topk": "zero_experts.method",
     "zero_expert_weight": "zero_experts.weight",
     "zero_expert_balance_coeff": "zero_experts.balance_coeff",
     "zero_expert_logit_bias": "zero_experts.logit_bias",
+    "moe_enable_routing_replay": "rollout.routing_replay",
     "params_dtype": "model.bf16",
     "pipeline_dtype": "model.bf16",
     "autocast_dtype": "model.bf16",

@@ -23,7 +23,7 @@ from megatron_zeda.config_model_rules import (
     shape_problems,
 )
 from megatron_zeda.config_pipeline_rules import pipeline_problems
-from megatron_zeda.config_refusals import NOT_IN_THIS_VERSION, Problem
+from megatron_zeda.config_refusals import NOT_IN_THIS_VERSION, STATIC_METHODS, Problem
 from megatron_zeda.config_rollout_rules import rollout_problems
 
 
@@ -305,6 +305,38 @@ def _zero_experts(config: Config) -> Iterator[Problem]:
             f"{zero.target_skip_rate:g} sets the weight, and zero_experts.weight is {zero.weight:g}",
             "give one of the two",
         )
+    if zero.skip_rate_gain > 0 and zero.balance_coeff == 0:
+        yield Problem(
+            "skip_rate_gain",
+            ("zero_experts.skip_rate_gain", "zero_experts.balance_coeff"),
+            f"{zero.skip_rate_gain:g} moves the w of a loss whose coefficient is 0",
+            "raise balance_coeff, or use 0",
+        )
+    if zero.method in STATIC_METHODS:
+        default = type(zero)()
+        for name in ("num_zero_experts", "weight", "balance_coeff", "logit_bias", "skip_rate_gain"):
+            if getattr(zero, name) != getattr(default, name):
+                yield Problem(
+                    "method_without_zero_experts",
+                    (f"zero_experts.{name}", "zero_experts.method"),
+                    f"{getattr(zero, name)} has no effect with method {zero.method}, which has no zero experts",
+                    "remove it",
+                )
+    if zero.method == "dynamic_skipping":
+        if zero.target_skip_rate is None:
+            yield Problem(
+                "skipping_target",
+                ("zero_experts.target_skip_rate", "zero_experts.method"),
+                "not given, and dynamic_skipping looks for the beta that skips so much",
+                "give a share below 1 - 1/K",
+            )
+        if config.train.stage != 1 or config.train.trainable != "all":
+            yield Problem(
+                "skipping_training",
+                ("zero_experts.method", "train.stage", "train.trainable"),
+                "dynamic_skipping trains nothing",
+                "use stage 1 and trainable all",
+            )
 
 
 def _neighbours(value: int, step: int) -> str:

@@ -22,8 +22,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from megatron_zeda.errors import InputError
-from megatron_zeda.models import ExpertLayout, Family, HfConfig, HfPiece, WeightRow
-from megatron_zeda.models.hf_config import ZERO_EXPERT_KEYS, where_of, zero_logit_bias
+from megatron_zeda.models import ExpertLayout, Family, HfConfig, HfPiece, WeightRow, method_of
+from megatron_zeda.models.hf_config import METHOD_KEYS, ZERO_EXPERT_KEYS, where_of, zero_logit_bias
 from megatron_zeda.models.rows import NEVER_SELECTED
 
 ExportFormat = Literal["zeda", "dense-zeros", "vllm-mone"]
@@ -159,6 +159,7 @@ def view_as(source: ExportSource, format: str = "zeda", *, interleave: bool = Fa
             value=format,
             fix="export it without --format",
         )
+    _check_method(source, format)
     _check_dial(source, format)
     return _dense_zeros(source, interleave) if format == "dense-zeros" else _vllm_mone(source)
 
@@ -188,7 +189,7 @@ def stock_notes(family: Family, config: dict[str, Any], format: ExportFormat) ->
 def stock_config(family: Family, config: dict[str, Any], num_experts: int) -> HfConfig:
     """A configuration of the stock architecture with this many experts, every trace of zero experts removed."""
     stock = HfConfig(config, where=where_of(config))
-    for key in (*ZERO_EXPERT_KEYS, "zeda_zero_logit_bias", "auto_map", *family.num_experts_keys):
+    for key in (*ZERO_EXPERT_KEYS, *METHOD_KEYS, "zeda_zero_logit_bias", "auto_map", *family.num_experts_keys):
         stock.pop(key, None)
     stock[family.num_experts_keys[0]] = num_experts
     stock.update(architectures=[family.static_architecture], model_type=family.model_types[0])
@@ -197,8 +198,28 @@ def stock_config(family: Family, config: dict[str, Any], num_experts: int) -> Hf
 
 def _zeda(source: ExportSource) -> FormatView:
     zero = source.family.num_zero_experts(source.config)
-    config = source.family.make_dynamic(source.config, zero) if zero else HfConfig(source.config, where="config.json")
+    if zero:
+        config = source.family.make_dynamic(source.config, zero)
+    elif source.family.needs_modeling_code(source.config):
+        config = source.family.make_skipping(source.config)
+    else:
+        config = HfConfig(source.config, where="config.json")
     return FormatView("zeda", config, source.rows, source.carried, source)
+
+
+def _check_method(source: ExportSource, format: str) -> None:
+    """An all-zero expert takes its weight along and returns nothing: what these two methods do, it does not."""
+    for method, rule in (
+        ("adamoe", "the stock router does not give the weight of zero experts to the real ones"),
+        ("copy", "the stock architecture has no experts that return their input"),
+    ):
+        if method_of(source.config) == method:
+            raise InputError(
+                f"{format} cannot express method `{method}`",
+                where=where_of(source.config),
+                rule=rule,
+                fix="export as zeda",
+            )
 
 
 def _check_dial(source: ExportSource, format: str) -> None:

@@ -291,7 +291,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 def write_config(target: Path, config: dict[str, Any], family: Family) -> None:
     """Write ``config.json``, and beside a dynamic one the modelling code it refers to."""
     write_json(target / "config.json", config)
-    if family.num_zero_experts(config):
+    if family.needs_modeling_code(config):
         for name in family.modeling_files:
             code = importlib.resources.files("megatron_zeda.serving") / name
             (target / name).write_bytes(code.read_bytes())

@@ -25,6 +25,7 @@ def inject_zero_experts(
     *,
     num_zero_experts: int | None = None,
     seed: int = 0,
+    init: str = "gaussian",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     plan_only: bool = False,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def inject_zero_experts(
         output: folder to create.
         num_zero_experts: Z; by default half the number of experts.
         seed: seed of the new router rows and selection biases.
+        init: how they come about, see :data:`megatron_zeda.zero_experts.injection.INITS`.
         shard_bytes: largest weight file to write, if the source has several.
         plan_only: write nothing, and return what :func:`megatron_zeda.conversion.dry_run.dry_run` does.
 
@@ -48,6 +50,8 @@ def inject_zero_experts(
         InputError: for an input that is not a good static checkpoint, or an output that exists.
         ZedaError: if the disk is full.
     """
+    from megatron_zeda.zero_experts.injection import INITS
+
     config = load_hf_config(input)
     if family_for(config).is_dynamic(config):
         raise _injected_already(input)
@@ -59,14 +63,16 @@ def inject_zero_experts(
             raise InputError(
                 "the number of zero experts is wrong", where="--num-zero-experts", value=zero, rule="positive"
             )
+        if init not in INITS:
+            raise InputError("unknown initialisation", where="--init", value=init, rule=f"one of {', '.join(INITS)}")
         dynamic = source.family.make_dynamic(config, zero)
         source.family.validate(dynamic)
-        view = _Injected(source, dynamic, seed)
+        view = _Injected(source, dynamic, seed, init)
         files = source.source_files()
         limit = shard_bytes if source.reader.sharded else None
         if plan_only:
             return dry_run(view, output, files.values(), file_sizes(plan_files(view, limit)))
-        plan = make_plan("inject", files, num_zero_experts=zero, seed=seed, shard_bytes=limit)
+        plan = make_plan("inject", files, num_zero_experts=zero, seed=seed, init=init, shard_bytes=limit)
         with OutputFolder(output, plan=plan) as out, SourceHashes(files, known_hashes(source.path)) as hashes:
             source.watch(hashes.passed)
             written = write_hf(view, out, shard_bytes=limit, what="inject")
@@ -79,6 +85,7 @@ def inject_zero_experts(
                 tool="inject_zero_experts",
                 num_zero_experts=zero,
                 injection_seed=seed,
+                injection_init=init,
                 expert_layout=source.layout,
                 **written,
             )
@@ -99,13 +106,13 @@ class _Injected:
         grown: tensors that grow -> what draws their new rows.
     """
 
-    def __init__(self, source: HfFolder, dynamic: dict[str, Any], seed: int) -> None:
+    def __init__(self, source: HfFolder, dynamic: dict[str, Any], seed: int, init: str) -> None:
         self.rows = source.in_order(source.family.weight_table(dynamic, source.layout))
         carried = source.family.carried_rows(dynamic, source.layout)
         self.carried = source.in_order(present_carried(carried, source.reader.tensors.keys(), source.path))
         rows = source.rows + source.carried
         self.grown = {piece.name: row.grow for row in rows for piece in row.pieces if row.grow is not None}
-        self._source, self._seed = source, seed
+        self._source, self._seed, self._init = source, seed, init
         self._zero = source.family.num_zero_experts(dynamic)
 
     def read(self, piece: HfPiece) -> torch.Tensor:
@@ -115,7 +122,7 @@ class _Injected:
         if grow is None:
             return tensor
         try:
-            return torch.cat([tensor, grow(tensor, self._zero, seed=self._seed, name=piece.name)])
+            return torch.cat([tensor, grow(tensor, self._zero, seed=self._seed, name=piece.name, init=self._init)])
         except ValueError as error:
             raise InputError(str(error), where=self.where(piece)) from error
 

@@ -91,7 +91,7 @@ def _hf_class(family: Family, config: HfConfig) -> tuple[Any, Any]:
     native = {**config, "model_type": family.model_types[0]}
     native.pop("auto_map", None)
     hf_config = transformers.AutoConfig.for_model(**native)
-    if family.num_zero_experts(config):
+    if family.needs_modeling_code(config):
         module = importlib.import_module(f"megatron_zeda.serving.{Path(family.modeling_files[0]).stem}")
         return getattr(module, family.dynamic_architecture), hf_config
     return getattr(transformers, family.static_architecture), hf_config

@@ -11,8 +11,8 @@ Keys of the result (those of a measurement that was not asked for are absent):
     skip_rate                   on response tokens, mean over layers; skip_rate_per_layer; skip_rate_prompt and
                                 skip_rate_prompt_per_layer for the prompt tokens; response_tokens and prompt_tokens are
                                 the counts
-    expert_flops_saved          1 - real rows / (T K) over prompt and response tokens and all layers; K of config.json, or
-                                the one before NET lowered it
+    expert_flops_saved          1 - real rows / (T K) over prompt and response tokens and all layers; K of config.json,
+                                or the one before NET lowered it
     theoretical_speedup         static over dynamic FLOPs at the mean lengths of the rollouts (prefill, decode, total),
                                 prefill with prompt_saved, decode with response_saved: the shares of the K slots of
                                 config.json that prompt and response tokens do not compute

@@ -30,7 +30,7 @@ class ModelShape:
         expert: X.
         scores: S.
         experts: N.
-        topk: K.
+        topk: K; of a model whose K was lowered (NET), the K it had before.
         zero_experts: Z.
     """
 
@@ -45,7 +45,7 @@ class ModelShape:
     @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
         """Read the shape from a ``config.json``: every matrix of the family's weight table is counted."""
-        from megatron_zeda.models import family_for
+        from megatron_zeda.models import family_for, teacher_topk
 
         fields = dict(config)
         family = family_for(fields)
@@ -66,7 +66,7 @@ class ModelShape:
             expert=experts // num_experts,
             scores=_score_width(family.transformer_config_kwargs(fields)),
             experts=num_experts,
-            topk=fields["num_experts_per_tok"],
+            topk=teacher_topk(fields),
             zero_experts=family.num_zero_experts(fields),
         )
 

@@ -1,7 +1,7 @@
 """Reads from a running ``transformers`` model how many of its K slots went to zero experts.
 
 The contract is that of the modelling files bundled with exports: the router (``gate``) of each mixture-of-experts block
-returns ``(logits, scores [T, K], indices [T, K])`` and the score of a slot that a zero expert won is exactly 0.
+returns ``(logits, scores [T, K], indices [T, K])`` and the score of a slot that no real expert computes is 0 or less.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RoutingRecorder:
     def __init__(self, model: Any) -> None:
         """Prepare for ``model``, a ``transformers`` causal language model of this project's families."""
         self.gates = find_gates(model)
-        self.dynamic = bool(getattr(model.config, "zce_nums", None))
+        skipping = getattr(model.config, "zeda_dynamic_skipping_beta", None) is not None
+        self.dynamic = bool(getattr(model.config, "zce_nums", None)) or skipping
         self.num_layers, self.topk = len(self.gates), int(model.config.num_experts_per_tok)
         self._counts: dict[int, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -57,7 +58,7 @@ class RoutingRecorder:
 
     def _hook(self, layer: int) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            self._counts[layer] = (output[1] == 0).sum(-1)
+            self._counts[layer] = (output[1] <= 0).sum(-1)  # an identity expert's weight comes negated
 
         return record
 

@@ -9,14 +9,18 @@ from megatron_zeda.models.build import (
     unknown_fields,
 )
 from megatron_zeda.models.hf_config import HfConfig, load_hf_config
+from megatron_zeda.models.methods import METHODS, STATIC_METHODS, Method, method_of, teacher_topk, with_method
 from megatron_zeda.models.registry import FAMILIES, family_for
 
 __all__ = [
     "FAMILIES",
+    "METHODS",
+    "STATIC_METHODS",
     "ExpertLayout",
     "Family",
     "HfConfig",
     "HfPiece",
+    "Method",
     "Packing",
     "WeightRow",
     "build_gpt_model",
@@ -24,6 +28,9 @@ __all__ = [
     "draft_transformer_config",
     "family_for",
     "load_hf_config",
+    "method_of",
     "parallel_problems",
+    "teacher_topk",
     "unknown_fields",
+    "with_method",
 ]

@@ -18,6 +18,8 @@ import torch
 
 from megatron_zeda.errors import InputError
 from megatron_zeda.models.hf_config import (
+    BETA_KEY,
+    EXPERT_TYPE_KEY,
     HfConfig,
     check_zero_expert_keys,
     has_zero_expert_keys,
@@ -29,7 +31,7 @@ ExpertLayout = Literal["per_expert", "fused"]
 """How experts lie on disk: one tensor per expert and projection, or transformers 5's stacked tensors per layer."""
 
 Grow = Callable[..., torch.Tensor]
-"""``grow(tensor, Z, seed=..., name=...)``: the Z rows (or entries) that injection appends to a tensor along axis 0."""
+"""``grow(tensor, Z, seed=, name=, init=)``: the Z rows (or entries) that injection appends along axis 0."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,13 @@ class Family(ABC):
         Raises:
             InputError: if the configuration is dynamic but its keys are not complete and right.
         """
+        if hf_config.get(BETA_KEY) is not None and not has_zero_expert_keys(hf_config):
+            return 0  # Dynamic Skipping: a static model, in the modelling code of dynamic ones
         return check_zero_expert_keys(hf_config) if self.is_dynamic(hf_config) else 0
+
+    def needs_modeling_code(self, hf_config: dict[str, Any]) -> bool:
+        """Whether the stock architecture computes another model than this configuration says."""
+        return self.num_zero_experts(hf_config) > 0 or hf_config.get(BETA_KEY) is not None
 
     def make_dynamic(self, hf_config: dict[str, Any], num_zero_experts: int) -> HfConfig:
         """This configuration with Z zero experts, every key written out: nothing is left to a reader's defaults."""
@@ -180,12 +188,25 @@ class Family(ABC):
             architectures=[self.dynamic_architecture],
             model_type=self.model_types[0],
             zce_nums=[num_zero_experts],
-            zce_types=["zero"],
+            zce_types=[hf_config.get(EXPERT_TYPE_KEY, "zero")],
             use_zce_mask=False,
             zeda_zero_logit_bias=zero_logit_bias(hf_config),
             auto_map=dict(self.auto_map),
         )
         return dynamic
+
+    def make_skipping(self, hf_config: dict[str, Any]) -> HfConfig:
+        """The configuration of a model of Dynamic Skipping, every key that its readers need written out."""
+        skipping = HfConfig(hf_config, where=where_of(hf_config))
+        for key in self.num_experts_keys[1:]:
+            skipping.pop(key, None)
+        skipping[self.num_experts_keys[0]] = self.num_experts(hf_config)
+        skipping.update(
+            architectures=[self.dynamic_architecture],
+            model_type=self.model_types[0],
+            auto_map=dict(self.auto_map),
+        )
+        return skipping
 
     @abstractmethod
     def validate(self, hf_config: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from megatron_zeda.models.hf_config import (
     where_of,
     zero_logit_bias,
 )
+from megatron_zeda.models.methods import check_method_keys, method_fields
 from megatron_zeda.models.rows import (
     expert_rows,
     gated_rows,
@@ -72,6 +73,7 @@ class GlmFamily(Family):
         need_float(hf_config, "routed_scaling_factor")
         zero_logit_bias(hf_config)
         self.num_zero_experts(hf_config)
+        check_method_keys(hf_config)
         dense_layers(hf_config)
         _num_carried_layers(hf_config)
         num_experts, topk = self.num_experts(hf_config), need_int(hf_config, "num_experts_per_tok", minimum=2)
@@ -125,6 +127,7 @@ class GlmFamily(Family):
             "moe_token_dispatcher_type": "alltoall",
             "num_zero_experts": self.num_zero_experts(hf_config),
             "zero_expert_logit_bias": zero_logit_bias(hf_config),
+            **method_fields(hf_config),
         }
 
     def weight_table(self, hf_config: dict[str, Any], layout: ExpertLayout = "per_expert") -> list[WeightRow]:

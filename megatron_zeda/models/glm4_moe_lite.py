@@ -54,12 +54,11 @@ class Glm4MoeLite(GlmFamily):
         """As for every family, with the epsilon of the latent norms and the dense layers written out: readers have
         different defaults for the one and different keys for the other.
         """
-        dynamic = super().make_dynamic(hf_config, num_zero_experts)
-        dynamic["zeda_latent_norm_eps"] = latent_norm_eps(hf_config)
-        dense, layers = dense_layers(hf_config), hf_config["num_hidden_layers"]
-        dynamic["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
-        dynamic["first_k_dense_replace"] = dense
-        return dynamic
+        return _written_out(super().make_dynamic(hf_config, num_zero_experts))
+
+    def make_skipping(self, hf_config: dict[str, Any]) -> HfConfig:
+        """Likewise."""
+        return _written_out(super().make_skipping(hf_config))
 
     def transformer_config_class(self) -> type:
         """``MLATransformerConfig`` with the fields for zero experts."""
@@ -131,6 +130,14 @@ class Glm4MoeLite(GlmFamily):
             stock["vLLM"] = f"vLLM and SGLang take `rms_norm_eps`, {hf_config['rms_norm_eps']:g},"
         text = "as the epsilon of the latent norms, where this model has `zeda_latent_norm_eps`,"
         return {reader: f"{takes} {text} {epsilon:g}" for reader, takes in stock.items()}
+
+
+def _written_out(config: HfConfig) -> HfConfig:
+    config["zeda_latent_norm_eps"] = latent_norm_eps(config)
+    dense, layers = dense_layers(config), config["num_hidden_layers"]
+    config["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * (layers - dense)
+    config["first_k_dense_replace"] = dense
+    return config
 
 
 TRANSFORMERS_LATENT_NORM_EPS = 1e-6

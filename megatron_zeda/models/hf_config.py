@@ -12,6 +12,12 @@ from typing import Any
 from megatron_zeda.errors import InputError
 
 ZERO_EXPERT_KEYS = ("zce_nums", "zce_types", "use_zce_mask")
+RENORMALIZE_KEY = "zeda_renormalize"
+EXPERT_TYPE_KEY = "zeda_expert_type"
+BETA_KEY = "zeda_dynamic_skipping_beta"
+TEACHER_TOPK_KEY = "zeda_teacher_num_experts_per_tok"
+METHOD_KEYS = (RENORMALIZE_KEY, EXPERT_TYPE_KEY, BETA_KEY, TEACHER_TOPK_KEY)
+"""What :mod:`megatron_zeda.models.methods` reads."""
 
 
 class HfConfig(dict[str, Any]):
@@ -170,9 +176,15 @@ def check_zero_expert_keys(hf_config: dict[str, Any]) -> int:
     nums = hf_config["zce_nums"]
     if not isinstance(nums, list) or len(nums) != 1 or type(nums[0]) is not int or nums[0] < 1:
         raise InputError("`zce_nums` is wrong", where=where, value=nums, rule="a list of one positive integer")
-    if hf_config["zce_types"] != ["zero"]:
+    kind = hf_config.get(EXPERT_TYPE_KEY, "zero")
+    if hf_config["zce_types"] != [kind]:
         raise InputError(
-            "`zce_types` is wrong", where=where, value=hf_config["zce_types"], rule='["zero"]: only zero-output experts'
+            "`zce_types` is wrong",
+            where=where,
+            value=hf_config["zce_types"],
+            rule=f'["{kind}"]'
+            + (": only zero-output experts" if kind == "zero" else f", which is what `{EXPERT_TYPE_KEY}` says"),
+            fix=f'a model that was trained with identity experts has `{EXPERT_TYPE_KEY}`: "copy" too',
         )
     if hf_config["use_zce_mask"] is not False:
         raise InputError("`use_zce_mask` is wrong", where=where, value=hf_config["use_zce_mask"], rule="false")

@@ -21,6 +21,7 @@ from megatron_zeda.models.hf_config import (
     where_of,
     zero_logit_bias,
 )
+from megatron_zeda.models.methods import check_method_keys, method_fields
 from megatron_zeda.models.rows import expert_rows, grow_gate, tied
 
 
@@ -53,6 +54,7 @@ class Qwen3Moe(Family):
         rope_theta(hf_config)
         zero_logit_bias(hf_config)
         self.num_zero_experts(hf_config)
+        check_method_keys(hf_config)
         num_experts, topk = self.num_experts(hf_config), need_int(hf_config, "num_experts_per_tok")
         heads, groups = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
         where = where_of(hf_config)
@@ -114,6 +116,7 @@ class Qwen3Moe(Family):
             "moe_token_dispatcher_type": "alltoall",
             "num_zero_experts": self.num_zero_experts(hf_config),
             "zero_expert_logit_bias": zero_logit_bias(hf_config),
+            **method_fields(hf_config),
         }
 
     def gpt_model_kwargs(self, hf_config: dict[str, Any]) -> dict[str, Any]:

@@ -13,26 +13,34 @@ NEVER_SELECTED = -1e4
 """Selection bias of zero experts that shall never be chosen: scores are between 0 and 1."""
 
 
-def grow_gate(gate: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
+def grow_gate(
+    gate: torch.Tensor, num_zero_experts: int, *, seed: int, name: str, init: Any = "gaussian"
+) -> torch.Tensor:
     """``[Z, H]``: router rows drawn from the statistics of the old ones."""
     from megatron_zeda.zero_experts.injection import draw_zero_rows
 
-    return draw_zero_rows(gate, num_zero_experts, seed=seed, name=name)
+    return draw_zero_rows(gate, num_zero_experts, seed=seed, name=name, init=init)
 
 
-def grow_selection_bias(bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
+def grow_selection_bias(
+    bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str, init: Any = "gaussian"
+) -> torch.Tensor:
     """``[Z]``: selection biases drawn from the statistics of the old ones."""
     from megatron_zeda.zero_experts.injection import draw_zero_entries
 
-    return draw_zero_entries(bias, num_zero_experts, seed=seed, name=name)
+    return draw_zero_entries(bias, num_zero_experts, seed=seed, name=name, init=init)
 
 
-def grow_zeros(tensor: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
+def grow_zeros(
+    tensor: torch.Tensor, num_zero_experts: int, *, seed: int, name: str, init: Any = "gaussian"
+) -> torch.Tensor:
     """``[Z, ...]`` zeros: router rows that nothing depends on."""
     return tensor.new_zeros(num_zero_experts, *tensor.shape[1:])
 
 
-def grow_never_selected(bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
+def grow_never_selected(
+    bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str, init: Any = "gaussian"
+) -> torch.Tensor:
     """``[Z]``: a selection bias that keeps the layer static."""
     return bias.new_full((num_zero_experts,), NEVER_SELECTED)
 

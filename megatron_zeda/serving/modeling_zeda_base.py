@@ -12,6 +12,13 @@ What every router returns (read the skip rate from it with a forward hook on ``m
     indices ``[T, K]``: ids below N, distinct within a token; the id of a slot with weight 0 means nothing.
 So ``(scores == 0).float().mean()`` is the layer's skip rate.
 
+Other methods have other keys in config.json:
+``zeda_renormalize`` true (AdaMoE): the share of zero experts is given to the real ones, in proportion.
+``zeda_expert_type`` "copy" (with ``zce_types`` ["copy"]): the Z experts return their input. Their slots leave the
+router with minus their weight, so ``(scores <= 0)`` is what no real expert computes.
+``zeda_dynamic_skipping_beta`` (Dynamic Skipping; no zero experts): of the K slots those with less than beta times the
+token's largest weight leave with weight 0, and a model that normalises its weights normalises over the rest.
+
 ``config.zeda_zero_logit_bias`` (default 0) is the dial: it moves the zero experts' chance of being chosen. Lower skips
 less, ``-inf`` gives the model without zero experts.
 """
@@ -29,17 +36,29 @@ from transformers.conversion_mapping import (
 def zero_expert_settings(config: Any, num_experts: int) -> tuple[int, float]:
     """Return (Z, dial) of a configuration, or raise ValueError naming the key that is missing or wrong.
 
-    All three ``zce_*`` keys are required: other readers of this format default to identity experts and a mask, which
-    would silently be another model.
+    A model of Dynamic Skipping has Z = 0. All others need all three ``zce_*`` keys: other readers of this format
+    default to identity experts and a mask, which would silently be another model.
     """
+    beta = getattr(config, "zeda_dynamic_skipping_beta", None)
+    if beta is not None:
+        if not is_number(beta) or not 0 <= beta <= 1:
+            raise ValueError(f"config.json: `zeda_dynamic_skipping_beta` must be between 0 and 1, got {beta!r}")
+        if getattr(config, "zce_nums", None) is not None:
+            raise ValueError("config.json: `zeda_dynamic_skipping_beta` is for a model without zero experts")
+        return 0, 0.0
+    kind, renormalize = getattr(config, "zeda_expert_type", "zero"), getattr(config, "zeda_renormalize", False)
+    if kind not in ("zero", "copy"):
+        raise ValueError(f"config.json: `zeda_expert_type` must be zero or copy, got {kind!r}")
+    if not isinstance(renormalize, bool) or (renormalize and kind == "copy"):
+        raise ValueError(f"config.json: `zeda_renormalize` must be true or false (false for copy), got {renormalize!r}")
     for key in ("zce_nums", "zce_types", "use_zce_mask"):
         if getattr(config, key, None) is None:
             raise ValueError(f"config.json: `{key}` is missing; zce_nums, zce_types and use_zce_mask must all be there")
     nums, types, mask = config.zce_nums, config.zce_types, config.use_zce_mask
     if not isinstance(nums, (list, tuple)) or len(nums) != 1 or type(nums[0]) is not int or nums[0] < 1:
         raise ValueError(f"config.json: `zce_nums` must be a list of one positive integer, got {nums!r}")
-    if not isinstance(types, (list, tuple)) or list(types) != ["zero"]:
-        raise ValueError(f"config.json: `zce_types` must be ['zero'], got {types!r}")
+    if not isinstance(types, (list, tuple)) or list(types) != [kind]:
+        raise ValueError(f"config.json: `zce_types` must be ['{kind}'], got {types!r}")
     if mask is not False:
         raise ValueError(f"config.json: `use_zce_mask` must be false, got {mask!r}")
     bias = getattr(config, "zeda_zero_logit_bias", 0.0)
@@ -78,11 +97,33 @@ class ZeroExpertRows:
         """Replace the weight ``[N, D]`` by one of ``[N + Z, D]``, and remember N and the dial."""
         num_zero, self.zero_logit_bias = zero_expert_settings(config, num_real)
         self.num_real = num_real
+        self.beta = getattr(config, "zeda_dynamic_skipping_beta", None)
+        self.copies = getattr(config, "zeda_expert_type", "zero") == "copy"
+        self.renormalizes = getattr(config, "zeda_renormalize", False) or (
+            self.beta is not None and getattr(config, "norm_topk_prob", False)
+        )
         self.num_experts = num_real + num_zero
         self.weight = nn.Parameter(torch.zeros(self.num_experts, self.weight.shape[-1]))
         # Some engines pattern-match "scores, then top-K" routers and put their own routing in place, which would send
         # tokens to experts that do not exist. A router with state that they do not know is left alone.
         self.zero_expert_marker = nn.Buffer(torch.zeros(1), persistent=False)
+
+    def finish(
+        self: Any, scores: torch.Tensor, chosen: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From the weights ``[T, K]`` and ids of all N + Z experts to the scores and indices that a router returns."""
+        if self.beta is None:
+            skipped = chosen >= self.num_real
+        else:
+            skipped = scores < self.beta * scores.amax(-1, keepdim=True)
+        if self.renormalizes:
+            kept = scores.masked_fill(skipped, 0.0)
+            share = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+            scores = kept * (scores.sum(-1, keepdim=True) / share)
+        if self.beta is not None:
+            return scores.to(dtype).clamp(min=torch.finfo(dtype).tiny).masked_fill(skipped, 0.0), chosen
+        found, indices = hide_zero_slots(scores, chosen, self.num_real, dtype)
+        return torch.where(skipped, -scores.to(dtype), found) if self.copies else found, indices
 
     def dial(self: Any, device: torch.device) -> torch.Tensor:
         """``[N + Z]``: 0 for the real experts, the dial for the others."""
@@ -116,7 +157,7 @@ class SigmoidRouter(ZeroExpertRows):
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.routed_scaling_factor
-        return logits, *hide_zero_slots(weights, chosen, self.num_real, torch.float)
+        return logits, *self.finish(weights, chosen, torch.float)
 
 
 class SkippingExperts:
@@ -124,17 +165,24 @@ class SkippingExperts:
 
     The kept (token, expert) pairs are handed on as top-1 tokens, so every ``experts_implementation`` skips them. Under
     torch.compile and CUDA graph capture, where shapes must not depend on data, all K slots are computed: the same
-    result without the saving.
+    result without the saving. A slot of negative weight is an identity expert's.
     """
+
+    copies = False
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         run: Any = super().forward  # type: ignore[misc]
+        copied = None
+        if self.copies:
+            copied = top_k_weights.clamp(max=0.0).sum(-1, keepdim=True).float().neg() * hidden_states.float()
+            top_k_weights = top_k_weights.clamp(min=0.0)
         if torch.compiler.is_compiling() or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return run(hidden_states, top_k_index, top_k_weights)
+            out = run(hidden_states, top_k_index, top_k_weights)
+            return out if copied is None else (out.float() + copied).to(out.dtype)
         token, slot = torch.nonzero(top_k_weights, as_tuple=True)
-        out = torch.zeros_like(hidden_states, dtype=torch.float)
+        out = torch.zeros_like(hidden_states, dtype=torch.float) if copied is None else copied
         if token.numel():
             pairs = run(hidden_states[token], top_k_index[token, slot, None], top_k_weights[token, slot, None])
             out = out.index_add(0, token, pairs.float())
@@ -155,6 +203,7 @@ def replace_experts(block: Any, router: type, experts: type, config: Any) -> Non
     if not hasattr(block, "gate"):
         return
     block.gate, block.experts = router(config), experts(config)
+    block.experts.copies = block.gate.copies
     if hasattr(block, "route_tokens_to_experts"):
         # In releases where the block does what the router does since: our router has done it.
         block.route_tokens_to_experts = _routed

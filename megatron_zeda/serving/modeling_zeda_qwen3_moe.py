@@ -23,7 +23,6 @@ from .modeling_zeda_base import (
     AnyExpertsImplementation,
     SkippingExperts,
     ZeroExpertRows,
-    hide_zero_slots,
     ignored_tensors,
     register,
     replace_experts,
@@ -46,7 +45,7 @@ class ZedaTopKRouter(ZeroExpertRows, Qwen3MoeTopKRouter):
         scores, chosen = logits.softmax(-1, dtype=torch.float).topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             scores = scores / scores.sum(-1, keepdim=True)
-        return logits, *hide_zero_slots(scores, chosen, self.num_real, logits.dtype)
+        return logits, *self.finish(scores, chosen, logits.dtype)
 
 
 class ZedaExperts(SkippingExperts, Qwen3MoeExperts):

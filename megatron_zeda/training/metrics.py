@@ -85,10 +85,16 @@ class Metrics:
 def _line(values: dict[str, Any], last_step: int) -> str:
     """What a log file shows of a step."""
     return (
-        f"step {values['step']}/{last_step}: loss {values['loss']:.4f}, {_terms(values)}, "
-        f"skip rate {100 * values['skip_rate']:.1f} %, balance {values['balance_loss']:.4f}, "
+        f"step {values['step']}/{last_step}: loss {values['loss']:.4f}, {_terms(values)}, {_routing(values)}"
         f"grad norm {values['grad_norm']:.4g}, lr {values['lr']:.3g}, {values['tokens_per_second']:,.0f} tokens/s"
     )
+
+
+def _routing(values: dict[str, Any]) -> str:
+    """Skip rate and balance, of a model that skips anything."""
+    if not values["skip_rate_per_layer"]:
+        return ""
+    return f"skip rate {100 * values['skip_rate']:.1f} %, balance {values['balance_loss']:.4f}, "
 
 
 def _terms(values: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from megatron_zeda.conversion import megatron_io
 from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.distillation import FrozenTeacher
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.models import family_for, load_hf_config
+from megatron_zeda.models import family_for, load_hf_config, teacher_topk
 from megatron_zeda.training import checkpoint, setup
 
 
@@ -83,7 +83,16 @@ def _without_zero_experts(hf_config: dict[str, Any]) -> dict[str, Any]:
     """What Megatron-Core builds a model from, as far as teacher and student share it."""
     family = family_for(hf_config)
     values = {**family.transformer_config_kwargs(hf_config), **family.gpt_model_kwargs(hf_config)}
-    own = ("num_zero_experts", "zero_expert_logit_bias", "init_method_std")
+    values["moe_router_topk"] = teacher_topk(hf_config)  # before NET lowered it
+    own = (
+        "num_zero_experts",
+        "zero_expert_logit_bias",
+        "init_method_std",
+        "zero_expert_renormalize",
+        "zero_expert_type",
+        "dynamic_skipping_beta",
+        "teacher_router_topk",
+    )
     return {name: value for name, value in values.items() if name not in own}
 
 

@@ -47,7 +47,8 @@ def held_out(config: Config, builder: BatchBuilder) -> HeldOut:
     return HeldOut(list(islice(evaluation_batches(builder), config.validation.eval_iters)))
 
 
-def _not_predicting_a_response(micro: MicroBatch) -> Tensor:
+def not_predicting_a_response(micro: MicroBatch) -> Tensor:
+    """Positions ``[B, s]`` that routers leave out, True."""
     return micro.loss_mask == 0
 
 
@@ -62,7 +63,7 @@ def validate(chunks: list[Any], held_out: HeldOut) -> ValidationResult:
     router_statistics(chunks)
     teacher: Sequence[TeacherStates | None] = held_out.teacher or [None] * len(held_out.batches)
     scores = [
-        score(chunks, batch, states, counted=_not_predicting_a_response)
+        score(chunks, batch, states, counted=not_predicting_a_response)
         for batch, states in zip(held_out.batches, teacher, strict=True)
     ]
     statistics = router_statistics(chunks)

@@ -15,6 +15,7 @@ from megatron_zeda.zero_experts.group_balance import (
     weight_for_skip_rate,
 )
 from megatron_zeda.zero_experts.injection import (
+    INITS,
     default_num_zero_experts,
     draw_zero_entries,
     draw_zero_rows,
@@ -22,6 +23,8 @@ from megatron_zeda.zero_experts.injection import (
 )
 from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
 from megatron_zeda.zero_experts.router import (
+    DynamicSkippingRouter,
+    WeightRatios,
     ZeroExpertRouter,
     masked_zero_experts,
     set_loss_tokens,
@@ -32,7 +35,10 @@ from megatron_zeda.zero_experts.specs import get_zero_expert_block_spec, get_zer
 from megatron_zeda.zero_experts.statistics import RouterStatistics, router_statistics
 
 __all__ = [
+    "INITS",
+    "DynamicSkippingRouter",
     "RouterStatistics",
+    "WeightRatios",
     "ZeroExpertMLATransformerConfig",
     "ZeroExpertMoELayer",
     "ZeroExpertRouter",

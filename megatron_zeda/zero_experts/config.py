@@ -202,6 +202,37 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+def skips_experts(config: Any) -> bool:
+    """Whether tokens keep any number of their K selections, so that MoE layers need the classes of this package."""
+    return config.num_zero_experts > 0 or config.dynamic_skipping_beta is not None
+
+
+def normalizes_weights(config: Any) -> bool:
+    """Whether the weights of a token's selections add up to the same for every token."""
+    return config.moe_router_score_function != "softmax" or not config.moe_router_pre_softmax
+
+
+def _method_problems(config: Any) -> list[str]:
+    problems, beta, topk = [], config.dynamic_skipping_beta, config.teacher_router_topk
+    if config.zero_expert_type not in ("zero", "copy"):
+        problems.append(f"zero_expert_type: zero or copy, got {config.zero_expert_type!r}")
+    if config.zero_expert_renormalize and not config.num_zero_experts:
+        problems.append("zero_expert_renormalize: there are no zero experts whose weight could go to the others")
+    if config.zero_expert_renormalize and config.zero_expert_type == "copy":
+        problems.append("zero_expert_renormalize: weight that identity experts have is not given to the others")
+    if config.zero_expert_renormalize and not normalizes_weights(config):
+        problems.append("zero_expert_renormalize: this router does not normalise its weights (moe_router_pre_softmax)")
+    if beta is not None and not 0.0 <= beta <= 1.0:
+        problems.append(f"dynamic_skipping_beta: between 0 and 1, got {beta}")
+    if beta is not None and config.num_zero_experts:
+        problems.append("dynamic_skipping_beta: not with zero experts")
+    if topk is not None and (config.num_zero_experts or beta is not None or topk < config.moe_router_topk):
+        problems.append(
+            f"teacher_router_topk: the K of a static model before it was {config.moe_router_topk}, got {topk}"
+        )
+    return problems
+
+
 def _value_problems(config: Any) -> list[str]:
     problems = []
     if config.num_zero_experts < 0:
@@ -212,6 +243,7 @@ def _value_problems(config: Any) -> list[str]:
         problems.append(f"zero_expert_weight: must be positive, got {config.zero_expert_weight}")
     if config.zero_expert_balance_coeff < 0:
         problems.append(f"zero_expert_balance_coeff: must not be negative, got {config.zero_expert_balance_coeff}")
+    problems += _method_problems(config)
     if config.num_moe_experts and config.num_zero_experts and config.moe_router_topk > config.num_moe_experts:
         problems.append(
             f"moe_router_topk: {config.moe_router_topk} selections out of {config.num_moe_experts} real experts"
@@ -229,7 +261,7 @@ def unsupported_settings(config: Any) -> list[str]:
         ``"setting: reason; alternative"`` lines, empty when all is well. Without zero experts nothing is refused.
     """
     problems = _value_problems(config)
-    if config.num_zero_experts > 0:
+    if skips_experts(config):
         problems += [str(refusal) for refusal in REFUSALS if refusal.applies(config)]
     return problems
 
@@ -250,6 +282,19 @@ class _ZeroExpertSettings:
     zero_expert_logit_bias: float = 0.0
     """The dial: added to the zero logits before the softmax (softmax routers) or to the zero entries of the selection
     bias (sigmoid routers). ``-inf`` masks the zero experts: the model is then its teacher."""
+
+    zero_expert_type: str = "zero"
+    """What the Z experts return: ``zero`` nothing, ``copy`` their input (the paper's control)."""
+
+    zero_expert_renormalize: bool = False
+    """Normalise the weights over the real experts that were selected (AdaMoE) instead of over all K selections."""
+
+    dynamic_skipping_beta: float | None = None
+    """Dynamic Skipping, without zero experts: drop selections with less than beta times the token's largest weight, and
+    normalise over the rest. None: off; 0 drops nothing."""
+
+    teacher_router_topk: int | None = None
+    """K before ``moe_router_topk`` was lowered (NET): what :func:`masked_zero_experts` routes with."""
 
     def _refuse_unsupported(self) -> None:
         problems = unsupported_settings(self)

@@ -32,7 +32,7 @@ def controlled_weight(weight: float, *, initial: float, target: float, measured:
     """The next w of an integral controller: ``log w += gain (target - measured)``.
 
     The router needs tens of steps to follow w, so the gain is small: where the rate r moves by ``r (1 - r)`` per unit
-    of log w, with a delay of ``tau`` steps, it does not overshoot below ``1 / (4 tau r (1 - r))`` (tau 50, r 0.5: 0.02).
+    of log w, with a delay of ``tau`` steps, nothing overshoots below ``1 / (4 tau r (1 - r))`` (tau 50, r 0.5: 0.02).
 
     Args:
         weight: w of the step that was measured.

@@ -6,8 +6,14 @@ Shape suffixes: E real experts, Z zero experts, H hidden.
 from __future__ import annotations
 
 import hashlib
+from typing import Literal, get_args
 
 import torch
+
+Init = Literal["gaussian", "teacher-mean", "zeros", "experts"]
+INITS: tuple[Init, ...] = get_args(Init)
+"""How new rows come about: drawn from each column's mean and standard deviation over the old rows (the paper's way);
+that mean itself; zeros; copies of old rows, drawn without replacement as long as there are any."""
 
 
 def default_num_zero_experts(num_experts: int) -> int:
@@ -15,7 +21,9 @@ def default_num_zero_experts(num_experts: int) -> int:
     return num_experts // 2
 
 
-def draw_zero_rows(gate_weight: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
+def draw_zero_rows(
+    gate_weight: torch.Tensor, num_zero_experts: int, *, seed: int, name: str, init: Init = "gaussian"
+) -> torch.Tensor:
     """Draw the router rows of the zero experts of one layer.
 
     Every hidden column gets its own Gaussian, with the mean and the (unbiased) standard deviation of that column over
@@ -27,12 +35,14 @@ def draw_zero_rows(gate_weight: torch.Tensor, num_zero_experts: int, *, seed: in
         num_zero_experts: Z > 0.
         seed: the user's seed.
         name: the tensor's name in the checkpoint; gives each layer rows of its own.
+        init: another way than the Gaussian, see :data:`INITS`.
 
     Returns:
         ``[Z, H]`` in the dtype of ``gate_weight``, on the CPU.
 
     Raises:
-        ValueError: if the weight is not a matrix of at least two finite rows, or ``num_zero_experts`` is not positive.
+        ValueError: if the weight is not a matrix of at least two finite rows, ``num_zero_experts`` is not positive, or
+            ``init`` is unknown.
     """
     if gate_weight.dim() != 2 or gate_weight.shape[0] < 2:
         raise ValueError(
@@ -45,12 +55,24 @@ def draw_zero_rows(gate_weight: torch.Tensor, num_zero_experts: int, *, seed: in
         raise ValueError(f"{name}: the router's values are not all finite")
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    noise_ZH = torch.randn(num_zero_experts, rows_EH.shape[1], generator=generator, dtype=torch.float64)
-    zero_rows_ZH = rows_EH.mean(dim=0) + rows_EH.std(dim=0) * noise_ZH
-    return zero_rows_ZH.to(gate_weight.dtype)
+    if init == "gaussian":
+        noise_ZH = torch.randn(num_zero_experts, rows_EH.shape[1], generator=generator, dtype=torch.float64)
+        zero_rows_ZH = rows_EH.mean(dim=0) + rows_EH.std(dim=0) * noise_ZH
+    elif init == "teacher-mean":
+        zero_rows_ZH = rows_EH.mean(dim=0).expand(num_zero_experts, -1)
+    elif init == "zeros":
+        zero_rows_ZH = rows_EH.new_zeros(num_zero_experts, rows_EH.shape[1])
+    elif init == "experts":
+        order = torch.randperm(rows_EH.shape[0], generator=generator)
+        zero_rows_ZH = rows_EH[order.repeat(-(-num_zero_experts // len(order)))[:num_zero_experts]]
+    else:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    return zero_rows_ZH.to(gate_weight.dtype).contiguous()
 
 
-def draw_zero_entries(bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:
+def draw_zero_entries(
+    bias: torch.Tensor, num_zero_experts: int, *, seed: int, name: str, init: Init = "gaussian"
+) -> torch.Tensor:
     """Draw the selection biases of the zero experts of one layer.
 
     A selection bias means something relative to the others only: a constant added to all of them changes nothing. So
@@ -63,6 +85,7 @@ def draw_zero_entries(bias: torch.Tensor, num_zero_experts: int, *, seed: int, n
         num_zero_experts: Z > 0.
         seed: the user's seed.
         name: the tensor's name in the checkpoint.
+        init: as the rows'; with ``zeros`` the mean of the old ones, because a bias of 0 means nothing by itself.
 
     Returns:
         ``[Z]`` in the dtype of ``bias``, on the CPU.
@@ -72,7 +95,8 @@ def draw_zero_entries(bias: torch.Tensor, num_zero_experts: int, *, seed: int, n
     """
     if bias.dim() != 1 or bias.shape[0] < 2:
         raise ValueError(f"{name}: a selection bias is [experts] with 2 or more experts, got {tuple(bias.shape)}")
-    return draw_zero_rows(bias[:, None], num_zero_experts, seed=seed, name=name)[:, 0].contiguous()
+    init = "teacher-mean" if init == "zeros" else init
+    return draw_zero_rows(bias[:, None], num_zero_experts, seed=seed, name=name, init=init)[:, 0].contiguous()
 
 
 def widen_gate(gate_weight: torch.Tensor, num_zero_experts: int, *, seed: int, name: str) -> torch.Tensor:

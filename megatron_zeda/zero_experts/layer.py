@@ -21,7 +21,8 @@ class ZeroExpertMoELayer(MoELayer):
     """``MoELayer`` that keeps E experts while its router has E + Z columns.
 
     The zero columns end between router and dispatcher: a selection of a zero expert adds nothing to the output, so it
-    is not dispatched, and a token whose K selections are all zero experts costs no expert any row.
+    is not dispatched, and a token whose K selections are all zero experts costs no expert any row. Neither does one of
+    an identity expert (``zero_expert_type="copy"``), which adds the token's hidden state on its own rank.
 
     Layers of multi-token prediction, which Megatron builds from the same spec, stay static: no checkpoint has zero rows
     for them.
@@ -51,6 +52,7 @@ class ZeroExpertMoELayer(MoELayer):
         self.token_dispatcher = DISPATCHERS[config.moe_token_dispatcher_type](
             self.num_local_experts, self.local_expert_indices, config=self.config, pg_collection=pg_collection
         )
+        self._copied_TH: torch.Tensor | None = None
         if self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
 
@@ -59,9 +61,19 @@ class ZeroExpertMoELayer(MoELayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand the real columns of ``probs`` and ``routing_map`` (both ``[T, G]``) to the dispatcher."""
         num_real: int = self.config.num_moe_experts
+        if self.config.zero_expert_type == "copy":
+            share_T1 = probs[:, num_real:].sum(dim=-1, keepdim=True)
+            rows_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+            self._copied_TH = (rows_TH * share_T1).to(hidden_states.dtype)
         return super().preprocess(
             hidden_states, probs[:, :num_real].contiguous(), routing_map[:, :num_real].contiguous()
         )
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        """Add what identity experts return: each token's own hidden state, as often as its weights for them say."""
+        output = super().postprocess(output, shared_expert_output)
+        copied_TH, self._copied_TH = self._copied_TH, None
+        return output if copied_TH is None else output + copied_TH.view_as(output)
 
     def forward(
         self,

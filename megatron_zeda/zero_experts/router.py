@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
+from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig, normalizes_weights
 from megatron_zeda.zero_experts.group_balance import loss_of_group_counts
 from megatron_zeda.zero_experts.statistics import RouterCounts
 
@@ -61,6 +61,7 @@ class ZeroExpertRouter(TopKRouter):
         self.num_real_experts: int = config.num_moe_experts
         self.zero_logit_bias: float = config.zero_expert_logit_bias
         self.zero_expert_weight: float = config.zero_expert_weight
+        self.renormalize: bool = config.zero_expert_renormalize
         # finalize_model_grads would move the bias of all E + Z columns towards an even load.
         self.frozen_expert_bias = True
         self.counts = RouterCounts()
@@ -91,12 +92,19 @@ class ZeroExpertRouter(TopKRouter):
             fused=self.config.moe_router_fusion,
             router_replay=self.router_replay,
         )
-        # A recomputed layer routes twice, first without gradients: only the second pass counts. Evaluation counts too.
-        if self.counting and (torch.is_grad_enabled() or not self.training):
+        if self.renormalize:
+            real_TG = routing_map_TG.clone()
+            real_TG[:, self.num_real_experts :] = False
+            probs_TG = renormalized(probs_TG, real_TG)
+        if self._counts_this_pass():
             probs_TG = self._balance_and_count(probs_TG, logits_TG, routing_map_TG, padding_T)
         if self.config.moe_expert_capacity_factor is not None:
             probs_TG, routing_map_TG = self._drop_over_capacity(probs_TG, routing_map_TG)
         return probs_TG, routing_map_TG
+
+    def _counts_this_pass(self) -> bool:
+        """A recomputed layer routes twice, first without gradients: only the second pass counts. Evaluation counts."""
+        return self.counting and (torch.is_grad_enabled() or not self.training)
 
     def _turn_dial(self, logits_TG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Apply ``zero_logit_bias``: to the logits of a softmax router, to the selection alone of any other."""
@@ -227,6 +235,95 @@ class ZeroExpertRouter(TopKRouter):
         """Nothing: the bias is frozen. (Upstream counts here, and mixes up ``[T, E]`` and ``[T]`` under padding.)"""
 
 
+class DynamicSkippingRouter(ZeroExpertRouter):
+    """A static model's router that drops selections of small weight: Dynamic Skipping, without training.
+
+    Of a token's K selections those remain whose weight is at least beta times its largest one, as in "Not All Experts
+    are Equal" (arXiv 2402.14800) for K = 2; where the model normalises its weights, they are normalised over the rest.
+    Nothing is balanced. Statistics are those of zero experts: what is dropped counts as skipped.
+    """
+
+    def __init__(self, config: ZeroExpertTransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        assert config.dynamic_skipping_beta is not None  # the spec chooses this class by it
+        self.beta: float = config.dynamic_skipping_beta
+        self.normalizes = normalizes_weights(config)
+        self.ratios: WeightRatios | None = None
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`ZeroExpertRouter.routing`, of E columns; fewer than K True per row."""
+        logits_TE = logits.reshape(-1, self.num_experts)
+        probs_TE, routing_map_TE = topk_routing_with_score_function(
+            logits_TE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            expert_bias=self.expert_bias,
+            fused=self.config.moe_router_fusion,
+            router_replay=self.router_replay,
+        )
+        largest_T1 = probs_TE.detach().amax(dim=-1, keepdim=True)
+        valid_T = None if padding_mask is None else ~padding_mask.reshape(-1).bool()
+        if self.ratios is not None:
+            self.ratios.add((probs_TE / largest_T1)[routing_map_TE].view(-1, self.topk), valid_T)
+        beta = 0.0 if self.zero_logit_bias == float("-inf") else self.beta
+        kept_TE = routing_map_TE & (probs_TE >= beta * largest_T1)
+        if self._counts_this_pass():
+            dropped_T = (routing_map_TE & ~kept_TE).sum(dim=-1)
+            num_valid = dropped_T.new_full((), dropped_T.shape[0]) if valid_T is None else valid_T.sum()
+            if valid_T is not None:
+                dropped_T = dropped_T * valid_T
+            self.counts.add_selections(torch.stack([dropped_T.sum(), num_valid]))
+        return renormalized(probs_TE, kept_TE) if self.normalizes else probs_TE * kept_TE, kept_TE
+
+
+class WeightRatios:
+    """How often a selection has which share of its token's largest weight: a histogram of one or more routers.
+
+    ``counts[i]`` is the number of ratios in ``[i, i + 1) / BINS``; the last bin holds 1 too.
+    """
+
+    BINS = 1 << 16
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(self.BINS, dtype=torch.float64, device=device)
+
+    def add(self, ratios_TK: torch.Tensor, valid_T: torch.Tensor | None) -> None:
+        """Count the ratios of the tokens that are valid; None: of all."""
+        chosen = ratios_TK if valid_T is None else ratios_TK[valid_T]
+        bins = (chosen.double().flatten() * self.BINS).long().clamp(max=self.BINS - 1)
+        self.counts.scatter_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
+
+    def beta_for(self, skip_rate: float) -> float:
+        """The beta below which nearly a share of ``skip_rate`` of all selections lies.
+
+        Never the largest of a token: beta stays below 1. Of all that drop the same, the middle.
+        """
+        below = self.counts.cumsum(0)
+        dropped = torch.cat([below.new_zeros(1), below[:-1]])  # by beta = i / BINS
+        closest = dropped[(dropped - skip_rate * below[-1]).abs().argmin()].contiguous()
+        first, last = (int(torch.searchsorted(dropped, closest, right=right)) for right in (False, True))
+        return (first + last - 1) / 2 / self.BINS
+
+
+def renormalized(probs_TG: torch.Tensor, kept_TG: torch.Tensor) -> torch.Tensor:
+    """Give the weight of what is not kept to the rest, in proportion; a token that keeps nothing gets weights of 0.
+
+    Args:
+        probs_TG: ``[T, G]`` weights of the selections, zeros elsewhere.
+        kept_TG: ``[T, G]`` bool.
+
+    Returns:
+        ``[T, G]``; rows that keep anything have the sum they had.
+    """
+    kept_probs_TG = probs_TG * kept_TG
+    kept_T1 = kept_probs_TG.sum(dim=-1, keepdim=True)
+    return kept_probs_TG * (probs_TG.sum(dim=-1, keepdim=True) / kept_T1.clamp(min=torch.finfo(probs_TG.dtype).tiny))
+
+
 class StaticRouter(TopKRouter):
     """The stock router with a frozen selection bias, for layers that keep their E experts."""
 
@@ -257,17 +354,43 @@ def set_zero_expert_weight(model: torch.nn.Module | Iterable[torch.nn.Module], w
 
 
 @contextmanager
+def _topk_of_teacher(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within the block a model whose K was lowered routes with the K it had before (``teacher_router_topk``)."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    modules = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "config")]
+    modules = [module for module in modules if getattr(module.config, "teacher_router_topk", None) is not None]
+    configs = {id(module.config): module.config for module in modules}
+    # Everybody who keeps K: routers, the configuration that dispatchers read, and the flex dispatcher's managers.
+    managers = [getattr(getattr(module, "token_dispatcher", None), "_comm_manager", None) for module in modules]
+    keepers = [(config, "moe_router_topk") for config in configs.values()]
+    keepers += [(module, "topk") for module in modules if isinstance(module, TopKRouter)]
+    keepers += [(manager, "router_topk") for manager in managers if hasattr(manager, "router_topk")]
+    before = [getattr(keeper, name) for keeper, name in keepers]
+    if before:
+        lowered, teacher = before[0], next(iter(configs.values())).teacher_router_topk
+        for (keeper, name), value in zip(keepers, before, strict=True):
+            setattr(keeper, name, value * teacher // lowered)  # managers count every tensor-parallel copy of an expert
+    try:
+        yield
+    finally:
+        for (keeper, name), value in zip(keepers, before, strict=True):
+            setattr(keeper, name, value)
+
+
+@contextmanager
 def masked_zero_experts(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
     """Within the block no zero expert of ``model`` can be chosen: it computes what its teacher computes (law 1).
 
-    Such a pass is the teacher's, not the student's: nothing is counted, and no balancing loss is attached.
+    Dynamic Skipping drops nothing there, and a model whose K was lowered (NET) has the K of its teacher. Such a pass is
+    the teacher's, not the student's: nothing is counted, and no balancing loss is attached.
     """
     routers = zero_expert_routers(model)
     before = [(router.zero_logit_bias, router.counting) for router in routers]
     for router in routers:
         router.zero_logit_bias, router.counting = float("-inf"), False
     try:
-        yield
+        with _topk_of_teacher(model):
+            yield
     finally:
         for router, (bias, counting) in zip(routers, before, strict=True):
             router.zero_logit_bias, router.counting = bias, counting

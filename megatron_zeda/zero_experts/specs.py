@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_zeda.platform.attention import LatentNormMLASelfAttention, LocalMLASelfAttention, local_core_attention
-from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig
+from megatron_zeda.zero_experts.config import ZeroExpertTransformerConfig, skips_experts
 from megatron_zeda.zero_experts.layer import ZeroExpertMoELayer
-from megatron_zeda.zero_experts.router import ZeroExpertRouter
+from megatron_zeda.zero_experts.router import DynamicSkippingRouter, StaticRouter, ZeroExpertRouter
 
 # What Transformer Engine's fused modules call the norms that the local spec keeps apart. A checkpoint must not depend
 # on where it was written, and upstream maps the norm before an MoE layer to a dense layer's name, and none of MLA's.
@@ -134,10 +134,14 @@ def _with_zero_experts(
     spec = _with_our_attention(spec, config)
     submodules, is_moe = spec.submodules, _is_moe(spec)
     changes: dict[str, Any] = {}
-    if is_moe and config.num_zero_experts:
+    if is_moe and (skips_experts(config) or config.teacher_router_topk is not None):
         mlp = submodules.mlp
-        moe_submodules = replace(mlp.keywords["submodules"], router=ZeroExpertRouter)
-        changes["mlp"] = partial(ZeroExpertMoELayer, **{**mlp.keywords, "submodules": moe_submodules})
+        router = ZeroExpertRouter if config.num_zero_experts else DynamicSkippingRouter
+        layer: Any = ZeroExpertMoELayer
+        if not skips_experts(config):  # a static model that is trained (NET): its selection bias stays as it is
+            router, layer = StaticRouter, MoELayer
+        moe_submodules = replace(mlp.keywords["submodules"], router=router)
+        changes["mlp"] = partial(layer, **{**mlp.keywords, "submodules": moe_submodules})
     if not use_transformer_engine:
         names = dict(_LATENT_NAMES if config.multi_latent_attention else _GROUPED_QUERY_NAMES)
         changes["sharded_state_dict_keys_map"] = names if is_moe else names | _DENSE_NAMES

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow  # whole training runs: `make test`, not `make che
 KEYS = [
     "step", "loss", "ce", "kl_forward", "kl_reverse", "balance_loss", "balance_loss_per_layer", "skip_rate",
     "skip_rate_per_layer", "grad_norm",
-    "lr", "tokens_per_second", "skipped_steps",
+    "lr", "tokens_per_second", "skipped_steps", "zero_expert_weight",
 ]  # fmt: skip
 
 
