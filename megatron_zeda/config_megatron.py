@@ -69,6 +69,8 @@ def transformer_settings(config: Config, hf_config: dict[str, Any] | None) -> di
     values |= pipeline_split(config)
     if model.fp8 is not None:
         values |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe}
+    if config.rollout.routing_replay:
+        values["moe_enable_routing_replay"] = True
     if hf_config is not None:
         values |= _zero_expert_settings(config, hf_config)
     return values | model.overrides

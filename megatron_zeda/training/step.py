@@ -28,6 +28,7 @@ from megatron_zeda.distillation import (
     whole_hidden,
 )
 from megatron_zeda.zero_experts import set_loss_tokens
+from megatron_zeda.zero_experts.replay import forget_routing, replayed_routing
 
 BalanceTokens = Literal["all", "response"]
 
@@ -112,6 +113,7 @@ def train_step(
         micro_batch_size=batch.micro_batches[0].tokens.shape[0],
         forward_only=False,
     )
+    forget_routing(chunks)
     loss_sum, sums, wants_stop = _over_ranks(losses, stop, batch)
     tokens = max(batch.loss_tokens, 1)
 
@@ -145,7 +147,8 @@ def _forward_step(
     index, micro = next(iterator)
     inputs = training_inputs(micro, balance_tokens)
     if not objective.needs_teacher:
-        losses_BS = model(**inputs, labels=micro.labels)
+        with replayed_routing(model, micro.routing):
+            losses_BS = model(**inputs, labels=micro.labels)
         return losses_BS, partial(_masked_loss, micro.loss_mask, objective.cross_entropy)
     logged: list[Tensor] = []
 
@@ -165,7 +168,8 @@ def _forward_step(
         logged.append(torch.cat([loss.detach().double()[None], sums]))
         return loss
 
-    output = model(**inputs, output_processor=compare)
+    with replayed_routing(model, micro.routing):
+        output = model(**inputs, output_processor=compare)
     return output, lambda loss: (loss, micro.loss_mask.sum().to(torch.int), logged[0])
 
 
