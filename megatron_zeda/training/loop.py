@@ -18,12 +18,10 @@ from megatron_zeda.config import Config, derived, num_train_iters
 from megatron_zeda.config_io import to_yaml
 from megatron_zeda.config_megatron import transformer_config
 from megatron_zeda.conversion import megatron_io
-from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import GlobalBatch, training_batches
 from megatron_zeda.distillation import FrozenTeacher, TeacherStates, parity_gate, sanity_gate
 from megatron_zeda.errors import InputError, ZedaError, disk_errors
-from megatron_zeda.models import family_for, load_hf_config
-from megatron_zeda.training import banner, checkpoint, setup, validation
+from megatron_zeda.training import banner, checkpoint, methods, setup, validation
 from megatron_zeda.training import teacher as teachers
 from megatron_zeda.training.checkpoint import Progress
 from megatron_zeda.training.metrics import Metrics
@@ -93,7 +91,7 @@ def _run(config: Config, stop: StopRequest) -> bool:
     Returns:
         Whether the last step is done.
     """
-    hf_config = _dynamic_hf_config(config)
+    hf_config = methods.student_hf_config(config)
     data = setup.load_data(config, hf_config)
     train_iters = num_train_iters(config, data.num_samples)
     assert train_iters is not None  # the rules of the configuration demand train_iters or train_epochs
@@ -111,6 +109,11 @@ def _run(config: Config, stop: StopRequest) -> bool:
     if teacher is not None and not config.distils:
         teachers.check_unchanged(teacher, teacher_bytes, config)
         teacher = None
+    if config.zero_experts.method == "dynamic_skipping":  # there is nothing to train
+        lines = methods.calibrate(config, hf_config, data, held_out)
+        if torch.distributed.get_rank() == 0:
+            print("\n".join([*about_teacher, *lines]), flush=True)
+        return True
 
     student = _build_student(config, hf_config, train_iters, from_scratch=resumed_from is None)
     restored_rng, changes = True, list[str]()
@@ -169,32 +172,12 @@ def _need_no_metrics(config: Config) -> None:
         )
 
 
-def _dynamic_hf_config(config: Config) -> dict[str, Any]:
-    assert config.hf_dir is not None and config.model.checkpoint is not None  # the rules of the configuration demand it
-    beside = Path(config.model.checkpoint) / HF_FOLDER
-    if not (beside / "config.json").is_file():
-        raise InputError(
-            "no config.json beside the checkpoint",
-            where=beside,
-            rule="every checkpoint of the run, and its export, get their configuration and tokenizer from there",
-            fix="make the folder with checkpoint_tools/hf_to_megatron.py",
-        )
-    hf_config = load_hf_config(config.hf_dir)
-    if family_for(hf_config, where=config.hf_dir).num_zero_experts(hf_config) == 0:
-        raise InputError(
-            "a static model without zero experts",
-            where=config.hf_dir,
-            rule="stage 1 trains a dynamic model",
-            fix="run checkpoint_tools/inject_zero_experts.py and convert its output",
-        )
-    return hf_config
-
-
 def _build_student(config: Config, hf_config: dict[str, Any], train_iters: int, *, from_scratch: bool) -> _Student:
     assert config.model.checkpoint is not None and config.hf_dir is not None
     chunks = setup.build_chunks(hf_config, transformer_config(config, hf_config, where=config.hf_dir))
     if from_scratch:
         checkpoint.load_weights(chunks, Path(config.model.checkpoint))
+    methods.freeze(config, chunks)
     wrapped = setup.wrap_for_training(config, chunks)
     optimizer, scheduler = setup.build_optimizer(config, wrapped, train_iters=train_iters)
     for chunk in wrapped:
@@ -393,7 +376,8 @@ def _export(config: Config) -> None:
             if fresh.exists():  # an export was killed
                 shutil.rmtree(fresh)
             fresh.mkdir()
-            megatron_to_hf(config.save_dir, fresh / "hf")
+            source, options = methods.export_source(config)
+            megatron_to_hf(source, fresh / "hf", **options)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(fresh / "hf", target)

@@ -15,7 +15,7 @@ from megatron_zeda.config import Config
 from megatron_zeda.config_megatron import transformer_config
 from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import evaluation_batches
-from megatron_zeda.distillation import forward_hidden
+from megatron_zeda.distillation.forward import forward_hidden
 from megatron_zeda.errors import InputError, disk_errors
 from megatron_zeda.models import load_hf_config, with_method
 from megatron_zeda.models.hf_config import BETA_KEY
