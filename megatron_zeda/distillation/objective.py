@@ -238,7 +238,7 @@ def _run(
         loss += chunk_loss
         sums[:-1] += chunk_sums[:-1]
         torch.maximum(sums[-1], chunk_sums[-1], out=sums[-1])
-        gradient = chunk.scratch.to(weight.dtype)
+        gradient = _rounded(chunk, weight.dtype)
         if d_hidden is not None:
             torch.mm(gradient, weight[:valid], out=d_hidden[span])
         if d_weight is not None:
@@ -251,6 +251,13 @@ def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if weight.dtype == out.dtype:
         return torch.mm(hidden.to(weight.dtype), weight.t(), out=out)
     return out.copy_(hidden.to(weight.dtype) @ weight.t())
+
+
+def _rounded(chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    """The gradient in the dtype of the weight, in the memory of the student's logits, which are used up."""
+    if dtype == chunk.scratch.dtype:
+        return chunk.scratch
+    return chunk.student.view(dtype)[:, : chunk.scratch.shape[1]].copy_(chunk.scratch)
 
 
 def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
