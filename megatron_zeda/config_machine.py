@@ -123,7 +123,7 @@ def _no_dispatcher(config: Config) -> list[str]:
 
 def _no_fp8(config: Config) -> list[str]:
     """Why this GPU cannot compute with a recipe, in Transformer Engine's words."""
-    recipes = {"model.fp8_recipe": config.model.fp8_recipe or "tensorwise"} if config.model.fp8 else {}
+    recipes: dict[str, str] = {"model.fp8_recipe": config.model.fp8_recipe or "tensorwise"} if config.model.fp8 else {}
     teacher_fp8, teacher_recipe = config.teacher_fp8
     if teacher_fp8 is not None and teacher_recipe not in recipes.values():
         recipes["teacher.fp8_recipe"] = teacher_recipe or "tensorwise"

@@ -139,7 +139,7 @@ def length_multiple(config: Config) -> int:
     """
     model = config.model
     tensor, context = model.tensor_model_parallel_size, model.context_parallel_size
-    recipes = [model.fp8_recipe or "tensorwise"] if model.fp8 is not None else []
+    recipes: list[str] = [model.fp8_recipe or "tensorwise"] if model.fp8 is not None else []
     teacher_fp8, teacher_recipe = config.teacher_fp8
     if teacher_fp8 is not None and config.teacher.checkpoint is not None:
         recipes.append(teacher_recipe or "tensorwise")

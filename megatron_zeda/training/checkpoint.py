@@ -204,10 +204,13 @@ def changed_settings(config: Config, folder: Path) -> list[str]:
     lines = []
     for section, name, consequence in _SAME_ON_RESUMING:
         settings = saved.get(section) if isinstance(saved, dict) else None
-        if isinstance(settings, dict) and name in settings and settings[name] != present[section][name]:
+        now = present[section][name]
+        if section == "teacher" and now is None:
+            continue  # nothing is compared with it any more
+        if isinstance(settings, dict) and name in settings and settings[name] != now:
             lines.append(
                 f"warning: {section}.{name} was {settings[name]!r} when the checkpoint was written and is "
-                f"{present[section][name]!r} now: {consequence}"
+                f"{now!r} now: {consequence}"
             )
     return lines
 

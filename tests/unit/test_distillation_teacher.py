@@ -97,9 +97,9 @@ def test_score_against_the_definition(root: Path, batch: GlobalBatch, monkeypatc
     teacher_chunks, student = build(root, "teacher"), build(root, "student")
     states = FrozenTeacher(teacher_chunks).states(batch)
     student[0].eval()
-    scores = score(student, batch, states, relative_tolerance=0.05)
+    scores = score(student, batch, states, relative_tolerance=0.3)
 
-    ce = kl = torch.zeros((), dtype=torch.float64)
+    ce = kl = teacher_ce = torch.zeros((), dtype=torch.float64)
     differences, far = [], 0
     for micro in batch.micro_batches:
         chosen = micro.loss_mask > 0
@@ -108,12 +108,14 @@ def test_score_against_the_definition(root: Path, batch: GlobalBatch, monkeypatc
         (s, t) = (x[chosen].double() for x in logits)
         log_s, log_t = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
         ce = ce - log_s.gather(1, micro.labels[chosen][:, None]).sum()
+        teacher_ce = teacher_ce - log_t.gather(1, micro.labels[chosen][:, None]).sum()
         kl = kl + (log_t.exp() * (log_t - log_s)).sum()
         difference = (s - t).abs().amax(-1)
         differences.append(difference.max().item())
-        far += int((difference > 0.05 * t.abs().amax(-1).clamp(min=1)).sum())
+        far += int((difference > 0.3 * t.abs().amax(-1).clamp(min=1)).sum())
     assert scores.tokens == batch.loss_tokens
     assert scores.ce_sum == pytest.approx(ce.item(), rel=1e-5)
+    assert scores.teacher_ce_sum == pytest.approx(teacher_ce.item(), rel=1e-5)
     assert scores.kl_sum == pytest.approx(kl.item(), rel=1e-4)
     assert scores.max_difference == pytest.approx(max(differences), rel=1e-4)
     assert scores.far_tokens == far and 0 < far < scores.tokens
