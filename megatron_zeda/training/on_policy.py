@@ -12,6 +12,7 @@ are those it has again: their name (:func:`first_weights`, :func:`next_weights`)
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +24,6 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_zeda.config import Config
-from megatron_zeda.config_io import to_yaml
 from megatron_zeda.conversion import megatron_io
 from megatron_zeda.data import BatchBuilder, BatchOrder, GlobalBatch, Sample
 from megatron_zeda.data.jsonl import parse_line
@@ -125,6 +125,10 @@ class State(Protocol):
     rollout_version: str
 
 
+# Sections without any influence on the weights.
+_NOT_OF_THE_WEIGHTS = frozenset({"checkpoint", "dist", "logger", "validation"})
+
+
 def first_weights(config: Config) -> str:
     """Name the weights that a run begins with, by their checkpoint."""
     folder = megatron_io.latest_checkpoint_dir(Path(str(config.model.checkpoint)))
@@ -137,7 +141,8 @@ def next_weights(config: Config, before: str, *numbers: float) -> str:
     Two runs that did the same steps with the same settings give the same names, and others do not: hashing the weights
     themselves would take longer than a step.
     """
-    return _digest(before, to_yaml(config), *(number.hex() for number in numbers))
+    settings = {name: section for name, section in asdict(config).items() if name not in _NOT_OF_THE_WEIGHTS}
+    return _digest(before, json.dumps(settings, sort_keys=True), *(number.hex() for number in numbers))
 
 
 def _digest(*parts: str) -> str:

@@ -1,0 +1,209 @@
+"""Whole runs of stage 2 in this process: against transformers, killed and resumed, with routing replayed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from on_policy_runs import add_prompts, make_stage_2
+from training_runs import make_run
+
+from megatron_zeda.config import Config
+from megatron_zeda.conversion import megatron_to_hf, verify_checkpoint
+from megatron_zeda.errors import ZedaError
+from megatron_zeda.rollout.engine import Request, Response, Sampling
+from megatron_zeda.rollout.files import Rollout, read_rollouts
+from megatron_zeda.rollout.hf_folder import load_model
+from megatron_zeda.rollout.megatron_engine import MegatronEngine
+from megatron_zeda.training import train
+
+pytestmark = pytest.mark.slow  # whole training runs: `make test`, not `make check`
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("on-policy")
+    make_run(folder)
+    add_prompts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Config:
+    """An uninterrupted run that saved at steps 2 and 4."""
+    config = make_stage_2(root, "whole")
+    config.checkpoint.save_interval = 2
+    assert train(config) == 0
+    return config
+
+
+def lines_of(config: Config) -> list[dict[str, Any]]:
+    """The metrics without what depends on the clock or on what was found on disk."""
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["tokens_per_second"]
+        for name in ("seconds", "reused"):
+            del line["rollout"][name]
+    return lines
+
+
+def rollouts_of(config: Config, step: int) -> list[Rollout]:
+    return read_rollouts(config.run_dir / f"rollouts/step_{step:07d}.jsonl")
+
+
+@torch.no_grad()
+def log_probabilities(folder: Path, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+    """Of all tokens at every position of the responses, by transformers."""
+    model = load_model(folder, device=torch.device("cpu"))
+    result = []
+    for rollout in rollouts:
+        ids = torch.tensor([[*rollout.prompt_ids, *rollout.response_ids]])
+        logits = model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        result.append(logits.double().log_softmax(-1))
+    return result
+
+
+def test_the_first_step_is_the_reverse_kl_of_what_the_student_said(root: Path, whole: Config) -> None:
+    rollouts, line = rollouts_of(whole, 1), lines_of(whole)[0]
+    student, teacher = (log_probabilities(root / name, rollouts) for name in ("student_hf", "teacher_hf"))
+    kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(student, teacher, strict=True)])
+    assert line["kl_reverse"] == pytest.approx(float(kl.mean()), rel=1e-5) and line["ce"] is None
+    assert line["loss"] == pytest.approx(line["kl_reverse"] + 0.1 * 2 * line["balance_loss"], rel=1e-6)
+    gaps = []
+    for rollout, logprobs in zip(rollouts, student, strict=True):
+        chosen = logprobs[range(len(rollout.response_ids)), rollout.response_ids]
+        assert rollout.logprobs == pytest.approx(chosen.tolist(), abs=2e-6)
+        gaps += (chosen - torch.tensor(rollout.logprobs, dtype=torch.float64)).tolist()
+    assert line["rollout"]["logprob_gap"] == pytest.approx(np.mean(gaps), abs=1e-6)
+    assert 0 <= line["rollout"]["logprob_gap_max"] < 1e-5 and abs(line["rollout"]["kl_engine"]) < 1e-9
+    assert line["rollout"]["importance"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_what_a_run_leaves(root: Path, whole: Config) -> None:
+    lines, seen = lines_of(whole), []
+    for step, line in enumerate(lines, start=1):
+        rollouts = rollouts_of(whole, step)
+        seen += [(rollout.id, rollout.sampling["sample"]) for rollout in rollouts]
+        counts = line["rollout"]
+        assert counts["responses"] == len(rollouts) == 8 and counts["trained"] + counts["dropped"] == 8
+        assert counts["stopped"] == sum(rollout.finish_reason == "stop" for rollout in rollouts)
+        assert counts["stopped"] + counts["cut"] == 8 and counts["failed"] == counts["too_old"] == 0
+        assert counts["tokens"] == sum(len(rollout.response_ids) for rollout in rollouts)
+        assert {rollout.weights_version for rollout in rollouts} == {counts["weights_version"]}
+        assert counts["weights_version"].startswith(f"step-{step - 1:07d}-")
+        for rollout in rollouts:
+            assert (rollout.response_ids[-1] in (1, 2, 3, 4, 5)) == (rollout.finish_reason == "stop")
+    # Ten prompts, two responses to each: the first 20 of 32 are one pass.
+    assert sorted(seen[:20]) == sorted((f"p{i}", sample) for i in range(10) for sample in (0, 1))
+    assert len({line["rollout"]["weights_version"] for line in lines}) == 4
+    kl = [line["kl_reverse"] for line in lines]
+    assert all(value > 0 for value in kl) and all(line["skipped_steps"] == 0 for line in lines)
+    # Two responses to a prompt differ, and so do those to it in another pass.
+    texts = {tuple(rollout.response_ids) for step in (1, 2, 3, 4) for rollout in rollouts_of(whole, step)}
+    assert len(texts) > 24
+
+
+class Killed(BaseException):
+    """As good as SIGKILL for a single process: nothing of ours catches it."""
+
+
+def test_law_7_a_run_killed_while_it_generates(root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the rollout of step 4, two steps after the last checkpoint."""
+    config = make_stage_2(root, "killed")
+    config.checkpoint.save_interval = 2
+    generate, calls = MegatronEngine.generate, [0]
+
+    def dying(self: MegatronEngine, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        calls[0] += 1
+        if calls[0] == 8:  # the second group of the fourth step
+            raise Killed
+        return generate(self, requests, sampling)
+
+    monkeypatch.setattr(MegatronEngine, "generate", dying)
+    with pytest.raises(Killed):
+        train(config)
+    assert (config.save_dir / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    calls[0] = 10
+    assert train(config) == 0
+    assert calls[0] == 11  # the rest of step 4: step 3 and half of step 4 were there
+    assert lines_of(config) == lines_of(whole)
+    assert [rollouts_of(config, step) for step in (1, 2, 3, 4)] == [rollouts_of(whole, step) for step in (1, 2, 3, 4)]
+    for run in (config, whole):
+        megatron_to_hf(run.save_dir, run.run_dir / "hf")
+    assert verify_checkpoint(whole.run_dir / "hf", config.run_dir / "hf") == []
+
+
+def test_law_7_with_steps_that_share_a_rollout_and_without_the_files(root: Path) -> None:
+    runs = []
+    for name in ("shared", "shared-resumed"):
+        config = make_stage_2(root, name)
+        config.rollout.steps_per_rollout, config.rollout.max_staleness = 2, 1
+        config.distillation.estimator, config.checkpoint.save_interval = "sampled", 3
+        if name == "shared":
+            assert train(config) == 0
+        else:  # from the checkpoint between two steps that share a rollout
+            shutil.copytree(runs[0].run_dir, config.run_dir)
+            shutil.rmtree(config.save_dir / "iter_0000004")
+            (config.save_dir / "latest_checkpointed_iteration.txt").write_text("3")
+            assert train(config) == 0
+        runs.append(config)
+    assert lines_of(runs[0]) == lines_of(runs[1])
+    assert [line["rollout"]["staleness"] for line in lines_of(runs[0])] == [0, 1, 0, 1]
+    stale = lines_of(runs[0])[1]["rollout"]
+    assert stale["logprob_gap_max"] > 1e-3 and stale["kl_engine"] > 0  # the weights have moved since
+
+
+def test_a_run_that_trains_on_nothing_says_so_and_stops(root: Path) -> None:
+    config = make_stage_2(root, "nothing")
+    config.rollout.cut_responses, config.rollout.max_new_tokens, config.train.max_skipped_steps = "drop", 1, 2
+    config.rollout.stop_token_ids = [0]
+    with pytest.raises(ZedaError, match="2 steps in a row"):
+        train(config)
+    lines = lines_of(config)
+    assert [line["rollout"]["trained"] for line in lines] == [0, 0] and lines[-1]["skipped_steps"] == 2
+    assert [line["rollout"]["cut"] + line["rollout"]["empty"] for line in lines] == [8, 8]
+    assert lines[0]["loss"] is None and lines[0]["grad_norm"] is None
+
+
+def replayed(root: Path, name: str, **settings: Any) -> list[dict[str, Any]]:
+    config = make_stage_2(root, name)
+    config.rollout.routing_replay, config.train.train_iters = True, 2
+    for key, value in settings.items():
+        section, field = key.split("__")
+        setattr(getattr(config, section), field, value)
+    assert train(config) == 0
+    return lines_of(config)
+
+
+def test_replayed_routing_is_that_of_the_rollout(root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 the trainer chooses what the engine chose; and where it is told something else, it does that."""
+    for line, other in zip(replayed(root, "replayed"), lines_of(whole), strict=False):
+        for key in ("kl_reverse", "grad_norm", "balance_loss"):
+            assert line[key] == pytest.approx(other[key], rel=2e-5), key
+        assert line["skip_rate_per_layer"] == other["skip_rate_per_layer"]
+
+    generate = MegatronEngine.generate
+
+    def zero_experts_only(self: MegatronEngine, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        responses = generate(self, requests, sampling)
+        for response in responses:
+            assert response.routing is not None and response.routing.shape[1:] == (2, 2)
+            response.routing[:, 1] = [8, 11]  # of 8 real and 4 zero experts, in the second layer
+        return responses
+
+    monkeypatch.setattr(MegatronEngine, "generate", zero_experts_only)
+    line, *_ = told = replayed(root, "told")
+    assert line["skip_rate_per_layer"][1] == 1.0
+    assert line["skip_rate_per_layer"][0] == lines_of(whole)[0]["skip_rate_per_layer"][0]
+    assert line["kl_reverse"] > lines_of(whole)[0]["kl_reverse"] + 0.01
+    # Layers that are computed again in the backward pass route as they are told, too.
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    again = replayed(root, "recomputed", **{f"model__{key}": value for key, value in recompute.items()})
+    for line, other in zip(again, told, strict=True):
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
