@@ -106,6 +106,13 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     ({**PAPER, "model__seq_length": 4095}, 8, "model.seq_length", "use 4088 or 4096"),
     ({"zero_experts__num_zero_experts": 32}, 1, "zero_experts.num_zero_experts", "but the model has 64"),
     ({"zero_experts__target_skip_rate": 0.4, "zero_experts__weight": 3.0}, 1, "zero_experts.target_skip_rate", ""),
+    (
+        {"zero_experts__skip_rate_gain": 0.1, "zero_experts__balance_coeff": 0.0},
+        1,
+        "zero_experts.skip_rate_gain",
+        "coefficient is 0",
+    ),
+    ({"zero_experts__method": "net"}, 1, "zero_experts.method", "this model is one of method `zeda`"),
     ({"train__train_epochs": 1}, 1, "train.train_iters", "both are given"),
     ({"train__train_iters": None}, 1, "train.train_iters", "neither is given"),
     ({"scheduler__lr_warmup_iters": 10}, 1, "scheduler.lr_warmup_iters", "before step 10"),

@@ -53,8 +53,8 @@ class Qwen3Moe(Family):
         need_bool(hf_config, "norm_topk_prob")
         rope_theta(hf_config)
         zero_logit_bias(hf_config)
-        self.num_zero_experts(hf_config)
         check_method_keys(hf_config)
+        self.num_zero_experts(hf_config)
         num_experts, topk = self.num_experts(hf_config), need_int(hf_config, "num_experts_per_tok")
         heads, groups = hf_config["num_attention_heads"], hf_config["num_key_value_heads"]
         where = where_of(hf_config)

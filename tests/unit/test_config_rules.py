@@ -237,6 +237,21 @@ def test_a_static_model_is_not_trained() -> None:
     assert "inject_zero_experts" in str(only(find_problems(make(), hf_config=STATIC)))
 
 
+@pytest.mark.parametrize(
+    ("values", "topk"),
+    [
+        ({"zero_experts__method": "net"}, 4),
+        ({"zero_experts__method": "net", "zero_experts__target_skip_rate": 0.25, "train__trainable": "router"}, 6),
+        ({"zero_experts__method": "dynamic_skipping", "zero_experts__target_skip_rate": 0.4}, 8),
+    ],
+)
+def test_methods_without_zero_experts_start_from_the_original_model(values: dict[str, Any], topk: int) -> None:
+    assert find_problems(make(**values), hf_config=STATIC) == []
+    facts = derived(make(**values), 1, STATIC)
+    assert (facts["num_experts_per_tok"], facts["teacher_num_experts_per_tok"]) == (topk, 8)
+    assert "zero_expert_weight" not in facts
+
+
 def test_an_unknown_family_is_a_problem_of_the_model() -> None:
     problem = only(find_problems(make(model__hf="x"), hf_config={**SHAPE, "model_type": "llama"}))
     assert problem.keys == ("model.hf",)
@@ -256,6 +271,8 @@ ALSO_UNFIT: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
     ({"model__overrides": {"moe_router_num_groups": 4}}, 1, SHAPE),
     ({"model__hf": "x"}, 1, {**SHAPE, "model_type": "llama"}),
     ({}, 1, STATIC),
+    ({"zero_experts__method": "net", "zero_experts__weight": 3.0}, 1, STATIC),
+    ({"zero_experts__method": "dynamic_skipping", "train__trainable": "router"}, 1, STATIC),
 ]
 
 
