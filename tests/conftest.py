@@ -19,41 +19,33 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="zeda-test-modules-")
 
 import pytest
 import torch
-from spawn import initialize_megatron
+from spawn import end_megatron, initialize_megatron
 
 torch.set_num_threads(1)
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
-def _end_process_groups() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+def pytest_collection_finish() -> None:
+    """Leave the imported modules out of all collections: walking them takes a second, and Megatron-Core collects at
+    every save."""
+    gc.collect()
+    gc.freeze()
 
 
 def _num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def _forget_groups() -> None:
-    """Collect models that have no user: in reference cycles they hold their groups, and every gloo group polls in a
-    thread of its own, a hundred times a second. Python itself collects long after thousands of them."""
-    gc.unfreeze()  # what make_run() froze may have died since
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def _no_left_over_groups(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that use `megatron` share its groups while they follow each other; any other test starts without."""
     if "megatron" not in request.fixturenames and torch.distributed.is_initialized():
-        _end_process_groups()
-        _forget_groups()
+        end_megatron()
+        torch.distributed.destroy_process_group()
     before = _num_threads()
     yield
     if _num_threads() > before + 30 and not torch.distributed.is_initialized():
-        _forget_groups()
+        gc.collect()  # models in reference cycles hold their groups, and every gloo group polls in a thread of its own
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import traceback
@@ -45,6 +46,7 @@ def _worker(
         TORCHELASTIC_USE_AGENT_STORE="True",  # the parent's store, as under torchrun
     )
     torch.set_num_threads(1)
+    gc.freeze()  # walking what the server imported takes a second, and Megatron-Core collects at every save
     from megatron_zeda import platform
 
     platform.install()
@@ -86,7 +88,22 @@ def initialize_megatron(seed: int = 1234, **sizes: Any) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    parallel_state.destroy_model_parallel()
+    end_megatron()
     parallel_state.initialize_model_parallel(**sizes)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def end_megatron() -> None:
+    """Destroy Megatron-Core's process groups; it only forgets them.
+
+    Every gloo group polls in a thread of its own, a hundred times a second: sixty for each initialisation. Models in
+    reference cycles hold groups too.
+    """
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()

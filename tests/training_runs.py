@@ -1,6 +1,5 @@
 """A tiny teacher, the student injected from it, data, a configuration: what the training tests start from."""
 
-import gc
 import json
 import random
 from pathlib import Path
@@ -104,9 +103,6 @@ def _from_teacher(root: Path) -> None:
     hf_to_megatron(root / "student_hf", root / "student")
     write_rollouts(root / "train.jsonl", 40, seed=0, teacher=root / "teacher_hf")
     write_rollouts(root / "validation.jsonl", 11, seed=1, teacher=root / "teacher_hf")
-    # Megatron-Core collects garbage at every save; walking all imported modules is most of a tiny run's time.
-    gc.collect()
-    gc.freeze()
 
 
 def make_config(root: Path, name: str) -> Config:
