@@ -79,7 +79,7 @@ class Rows:
         self._limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
         self._stop = frozenset(eos_ids if sampling.stop_token_ids is None else sampling.stop_token_ids)
         self._uniform = None
-        if not sampling.greedy:
+        if prompts and not sampling.greedy:
             most = max(self._limits)
             self._uniform = np.stack([draws(sampling.seed, row, most) for row in rows])
 
