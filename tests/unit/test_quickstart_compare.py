@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from megatron_zeda.config_io import load_config
+from megatron_zeda.errors import InputError
+from megatron_zeda.models.registry import family_for
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 
@@ -182,3 +187,18 @@ def test_a_resumed_run_counts_a_repeated_step_once(modules: dict[str, ModuleType
         ],
     }
     assert modules["job"].curve(tmp_path / "absent") is None
+
+
+def test_every_run_has_settings_that_are_served(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    static = json.loads((QUICKSTART / "teacher" / "config.json").read_text())
+    dynamic = family_for(static).make_dynamic(static, 8)
+    refused = {}
+    for run in [*modules["plan"].plan((1,)), *modules["plan"].plan(tune=True)]:
+        if run.stage:
+            command = modules["job"].training(run, tmp_path, tmp_path / "run", tmp_path / "hf")
+            path, *overrides = (str(word) for word in command[4:])
+            try:
+                load_config(path, overrides, world_size=1, hf_config=dynamic if run.zero_experts else static)
+            except InputError as error:
+                refused[run.name] = str(error)
+    assert not refused
