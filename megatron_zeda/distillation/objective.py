@@ -18,8 +18,11 @@ from torch import Tensor
 
 from megatron_zeda.distillation.estimators import SUM_NAMES, Chunk, evaluate
 
-# Elements of one fp32 chunk of logits (64 MiB).
-_DEFAULT_CHUNK_ELEMENTS = 1 << 24
+# Fewest elements of one fp32 chunk of logits (64 MiB).
+_CHUNK_ELEMENTS = 1 << 24
+# Every chunk reads and writes the weight's fp32 gradient, V H elements, to which its 2 C V H multiplications are to be
+# many; and its three buffers of C V elements are to be small beside it. C = H / 4 is a compromise.
+_WIDTHS_PER_CHUNK = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Objective:
         importance_cap: with old log-probabilities all terms of a token are multiplied by min(p_student / p_rollout,
             cap), a constant to the gradient; not the one of ``sampled``, which has the ratio in it: there the cap is
             its upper bound where PPO has none. None: 1, and no bound.
-        chunk_size: tokens whose logits exist at a time. None: what fits in 64 MiB of fp32.
+        chunk_size: tokens whose logits exist at a time. None: a quarter of the hidden size, or what fits in 64 MiB of
+            fp32 if that is more.
 
     Raises:
         ValueError: a value is out of range.
@@ -216,12 +220,13 @@ def _run(
     """Loss, sums and the gradients that are wanted (the hidden states' in their dtype, the weight's in fp32)."""
     n, valid, objective = hidden.shape[0], inputs.num_valid, inputs.objective
     compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows = objective.chunk_size or max(1, _DEFAULT_CHUNK_ELEMENTS // weight.shape[0])
+    rows = objective.chunk_size or max(1, _CHUNK_ELEMENTS // weight.shape[0], weight.shape[1] // _WIDTHS_PER_CHUNK)
     buffers = torch.empty(3 if inputs.teacher else 2, min(rows, n), valid, dtype=compute, device=weight.device)
     loss = torch.zeros((), dtype=torch.float64, device=weight.device)
     sums = torch.zeros(len(SUM_NAMES), dtype=torch.float64, device=weight.device)
     d_hidden = torch.empty_like(hidden, dtype=weight.dtype) if hidden_grad else None
-    d_weight = torch.zeros_like(weight, dtype=compute) if weight_grad else None
+    # One chunk's gradient needs no sum of more precision.
+    d_weight = torch.zeros_like(weight, dtype=compute if n > rows else weight.dtype) if weight_grad else None
     for start in range(0, n, rows):
         span = slice(start, min(start + rows, n))
         buffer = buffers[:, : span.stop - span.start]
