@@ -357,12 +357,12 @@ def set_zero_expert_weight(model: torch.nn.Module | Iterable[torch.nn.Module], w
 def _topk_of_teacher(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
     """Within the block a model whose K was lowered routes with the K it had before (``teacher_router_topk``)."""
     chunks = [model] if isinstance(model, torch.nn.Module) else model
-    modules = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "config")]
+    modules: list[Any] = [module for chunk in chunks for module in chunk.modules() if hasattr(module, "config")]
     modules = [module for module in modules if getattr(module.config, "teacher_router_topk", None) is not None]
     configs = {id(module.config): module.config for module in modules}
     # Everybody who keeps K: routers, the configuration that dispatchers read, and the flex dispatcher's managers.
     managers = [getattr(getattr(module, "token_dispatcher", None), "_comm_manager", None) for module in modules]
-    keepers = [(config, "moe_router_topk") for config in configs.values()]
+    keepers: list[tuple[Any, str]] = [(config, "moe_router_topk") for config in configs.values()]
     keepers += [(module, "topk") for module in modules if isinstance(module, TopKRouter)]
     keepers += [(manager, "router_topk") for manager in managers if hasattr(manager, "router_topk")]
     before = [getattr(keeper, name) for keeper, name in keepers]
