@@ -462,6 +462,8 @@ def derived(config: Config, world_size: int, hf_config: Mapping[str, Any] | None
     else:
         facts["tokens_per_step"] = train.global_batch_size * model.seq_length
         facts["num_micro_batches"] = train.global_batch_size // (train.micro_batch_size * data_parallel_size)
+    if train.stage == 2:
+        facts["prompts_per_step"] = train.global_batch_size // config.rollout.samples_per_prompt
     iters = num_train_iters(config, None)
     if iters is not None:
         facts["train_iters"] = iters

@@ -35,8 +35,11 @@ ZEDA_CONTAINER_MOUNTS=${ZEDA_CONTAINER_MOUNTS:-}
 ZEDA_HOME=${ZEDA_HOME:-}
 # --------------------------------------------------------------------------------------------------------------------
 
+# zeda_stage2.sh runs this script, too.
+name=${ZEDA_SCRIPT:-zeda_stage1.sh}
+
 die() {
-    echo "zeda_stage1.sh: error: $*" >&2
+    echo "$name: error: $*" >&2
     exit 2
 }
 
@@ -111,6 +114,6 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
 fi
 
-echo "zeda_stage1.sh: job ${SLURM_JOB_ID:-?} on ${SLURM_JOB_NODELIST:-?}, restart ${SLURM_RESTART_COUNT:-0}: $config" "$@"
+echo "$name: job ${SLURM_JOB_ID:-?} on ${SLURM_JOB_NODELIST:-?}, restart ${SLURM_RESTART_COUNT:-0}: $config" "$@"
 # exec: signals and the exit code are srun's own. One lost task ends all.
 exec srun --kill-on-bad-exit=1 "${container[@]}" "$ZEDA_PYTHON" -m megatron_zeda train "$config" "$@"

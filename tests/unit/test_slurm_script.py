@@ -106,6 +106,23 @@ def test_without_a_configuration_it_takes_the_full_size_example(cluster: Cluster
         assert cluster.arguments()[-len(overrides) - 2 :] == ["train", example, *overrides]
 
 
+@pytest.mark.parametrize("home", [True, False])
+def test_stage_2_is_the_same_with_its_own_example(cluster: Cluster, home: bool) -> None:
+    shutil.copy(SCRIPT.with_name("zeda_stage2.sh"), cluster.script)
+    submitted = {"ZEDA_HOME": str(ROOT)} if home else {"SUBMITTED": f"{ROOT}/slurm/zeda_stage2.sh my.yaml"}
+    done = cluster.run("train.seed=1", SLURM_CPUS_PER_TASK="6", **submitted)
+    assert done.returncode == 0, done.stderr
+    example = str(ROOT / "examples/qwen3_30b_a3b/stage2.yaml")
+    assert cluster.arguments()[-5:] == ["-m", "megatron_zeda", "train", example, "train.seed=1"]
+    assert cluster.variables()["MASTER_ADDR"] == "gpu03" and done.stdout.startswith("zeda_stage2.sh: job ")
+    assert cluster.run("my.yaml", "train.seed=1", **submitted).returncode == 0
+    assert cluster.arguments()[-2:] == ["my.yaml", "train.seed=1"]
+    assert cluster.run("no.yaml", **submitted).returncode == 2
+    if not home:
+        lost = cluster.run("my.yaml", SUBMITTED="/nowhere")
+        assert lost.returncode == 2 and "zeda_stage2.sh: error: the repository was not found" in lost.stderr
+
+
 def test_a_configuration_may_have_an_equals_sign_in_its_name(cluster: Cluster) -> None:
     (cluster.folder / "lr=3.yaml").write_text("")
     assert cluster.run("lr=3.yaml", "train.seed=1").returncode == 0
