@@ -15,7 +15,7 @@ Result = Mapping[str, Any]
 
 # Lines of the picture: name, labels in the order of the skip rate, colour.
 FAMILIES = (
-    ("ZEDA, stage 1, w = 1 to 4", ("zeda_w1.0", "zeda", "zeda_w3.0", "zeda_w4.0"), "#1f5fa8"),
+    ("ZEDA, stage 1, w = 1, 1.5, 2.5, 4", ("zeda_w1.0", "zeda_w1.5", "zeda", "zeda_w4.0"), "#1f5fa8"),
     ("ZEDA, stages 1 + 2", ("zeda_2",), "#0b2e59"),
     ("NET, stage 1, K = 3, 2, 1", ("net_0.25", "net", "net_0.75"), "#d9731a"),
     ("NET, stages 1 + 2", ("net_2",), "#8a3f00"),

@@ -193,7 +193,8 @@ def test_every_run_has_settings_that_are_served(modules: dict[str, ModuleType], 
     static = json.loads((QUICKSTART / "teacher" / "config.json").read_text())
     dynamic = family_for(static).make_dynamic(static, 8)
     refused = {}
-    for run in [*modules["plan"].plan((1,)), *modules["plan"].plan(tune=True)]:
+    runs = {(run.stage, run.settings): run for run in [*modules["plan"].plan((1,)), *modules["plan"].plan(tune=True)]}
+    for run in runs.values():
         if run.stage:
             command = modules["job"].training(run, tmp_path, tmp_path / "run", tmp_path / "hf")
             path, *overrides = (str(word) for word in command[4:])
