@@ -20,8 +20,9 @@ from typing import Any
 
 from megatron_zeda.conversion.formats import SAVES, ZEDA_OVERRIDES_FILE, ExportFormat, stock_notes
 from megatron_zeda.errors import InputError
-from megatron_zeda.models import Family
+from megatron_zeda.models import Family, method_of, teacher_topk
 from megatron_zeda.models.hf_config import read_json_object
+from megatron_zeda.models.methods import skipping_beta
 
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -126,7 +127,10 @@ def model_card(
         _front_matter(metrics.base_model, dynamic=num_zero_experts > 0),
         f"# {_text(base.rsplit('/', 1)[-1]) if metrics.base_model else family.name}: {kind}\n",
     ]
-    if num_zero_experts:
+    method = method_of(config)
+    if method in _METHODS:
+        parts.append(f"{_METHODS[method]}\n")
+    elif num_zero_experts:
         parts.append(
             "Each token chooses its experts among the real ones and a group of zero experts that output nothing; what "
             "goes to a zero expert is not computed. The router decides how much work a token gets.\n"
@@ -137,6 +141,8 @@ def model_card(
         ("real experts N per layer", num_experts),
         *([("zero experts N_Z per layer", num_zero_experts)] if num_zero_experts else []),
         ("experts per token K", config["num_experts_per_tok"]),
+        *([("experts per token of the base model", teacher_topk(config))] if method == "net" else []),
+        *([("beta", f"{skipping_beta(config):g}")] if method == "dynamic_skipping" else []),
         *_trained(metrics, num_zero_experts),
         *([("dial `zeda_zero_logit_bias`", dial)] if dial else []),
         ("format", f"`{format}`"),
@@ -145,10 +151,21 @@ def model_card(
     ]
     parts.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n")
     parts.append(_scores(metrics))
-    parts.append(_serving(format if num_zero_experts else None))
+    parts.append(_serving(format if num_zero_experts else None) if method != "dynamic_skipping" else _SKIPPING)
     parts += [f"Not exactly this model everywhere: {note}.\n" for note in stock_notes(family, config, format)]
     parts.append("The licence is that of the base model; its licence files, where it has any, lie beside this card.\n")
     return "\n".join(parts)
+
+
+_METHODS: dict[str | None, str] = {
+    "adamoe": "A control (AdaMoE): each token chooses among the real experts and a group of null experts that output "
+    "nothing, and the routing weights are normalised over the real ones among its choice.",
+    "copy": "A control (copy experts): each token chooses among the real experts and a group of identity experts that "
+    "return their input.",
+    "net": "A control (NET): the base model with fewer experts per token, distilled.",
+    "dynamic_skipping": "A control (Dynamic Skipping), not trained: of its K experts a token skips those whose weight "
+    "is below beta times its largest.",
+}
 
 
 def _trained(metrics: CardMetrics, num_zero_experts: int) -> list[tuple[str, str]]:
@@ -214,6 +231,14 @@ _HOW: dict[ExportFormat | None, str] = {
     "dense-zeros": _TRANSFORMERS.replace("{code}", "") + _DENSE,
     "vllm-mone": _MONE,
 }
+
+
+_SKIPPING = f"""## How to serve it
+
+{_TRANSFORMERS.replace("{code}", ", trust_remote_code=True")}
+`trust_remote_code` runs the `modeling_zeda_*.py` files beside this card. Without them transformers runs the base
+model, which these weights are, and skips nothing.
+"""
 
 
 def _serving(format: ExportFormat | None) -> str:

@@ -169,3 +169,18 @@ def test_settings_that_do_not_say_w(tmp_path: Path, dynamic: Path, text: str) ->
     (tmp_path / "megatron/release/config.yaml").write_text(text)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "out")
     assert _table((tmp_path / "out/README.md").read_text())["weight w of the zero group in training"] == "not recorded"
+
+
+@pytest.mark.parametrize(
+    ("keys", "zero", "words"),
+    [
+        ({"zce_nums": [64], "zce_types": ["zero"], "zeda_renormalize": True}, 64, "A control (AdaMoE)"),
+        ({"zce_nums": [64], "zce_types": ["copy"], "zeda_expert_type": "copy"}, 64, "identity experts"),
+        ({"zeda_teacher_num_experts_per_tok": 16}, 0, "| experts per token of the base model | 16 |"),
+        ({"zeda_dynamic_skipping_beta": 0.25}, 0, "Without them transformers runs the base"),
+    ],
+)
+def test_a_control_says_which(keys: dict[str, Any], zero: int, words: str) -> None:
+    card = _card(zero=zero, config=keys)
+    assert words in card and "A control (" in card
+    assert ("trust_remote_code=True" in card) == ("zeda_teacher_num_experts_per_tok" not in keys)
