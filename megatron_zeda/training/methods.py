@@ -27,7 +27,8 @@ def student_hf_config(config: Config) -> dict[str, Any]:
     """The student's ``config.json``: that of the model the run starts from, with the method's keys.
 
     Raises:
-        InputError: no configuration beside the checkpoint, or a model that the method cannot start from.
+        InputError: no configuration beside the checkpoint, a model that the method cannot start from, or a run that
+            has another method.
     """
     assert config.hf_dir is not None and config.model.checkpoint is not None  # the rules of the configuration demand it
     beside = Path(config.model.checkpoint) / HF_FOLDER
@@ -38,7 +39,10 @@ def student_hf_config(config: Config) -> dict[str, Any]:
             rule="every checkpoint of the run, and its export, get their configuration and tokenizer from there",
             fix="make the folder with checkpoint_tools/hf_to_megatron.py",
         )
-    zero = config.zero_experts
+    zero, resumed = config.zero_experts, checkpoint.resume_folder(config)
+    if resumed is not None and (resumed / HF_FOLDER / "config.json").is_file():
+        # A run goes on with the method it has; otherwise its first save would notice.
+        with_method(load_hf_config(resumed / HF_FOLDER), zero.method, target_skip_rate=zero.target_skip_rate)
     return with_method(load_hf_config(config.hf_dir), zero.method, target_skip_rate=zero.target_skip_rate)
 
 

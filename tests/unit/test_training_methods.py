@@ -95,6 +95,9 @@ def test_net_halves_k_once(root: Path, capsys: pytest.CaptureFixture[str]) -> No
         capsys.readouterr()
         assert train(second) == 0
         assert "NET: 2 of the teacher's 4 experts a token" in capsys.readouterr().out
+    other = config_for(root, "adamoe", "net-first")  # a run does not go on with another method
+    with pytest.raises(InputError, match="method `net`"):
+        train(other)
     with pytest.raises(InputError, match="method `net`"):
         wrong = config_for(root, "zeda", "net-wrong")
         wrong.model.checkpoint = str(first.save_dir)
