@@ -65,6 +65,19 @@ def test_the_papers_layout() -> None:
     assert facts["target_skip_rate"] == 0.5 and facts["family"] == "qwen3_moe"
 
 
+def test_what_a_teacher_in_the_step_takes() -> None:
+    """By hand for Qwen3-30B-A3B at the paper's layout: 28.99 B parameters in experts over 8, 1.54 B others over 4."""
+    config = make(**PAPER, model__seq_length=32768, teacher__checkpoint="t", distillation__forward_kl=1.0)
+    facts = derived(config, 8, SHAPE)
+    experts, others = 48 * 128 * 3 * 2048 * 768 / 8, (2 * 151936 * 2048 + 48 * 18.9e6) / 4
+    gib = 2 * (experts + others) / 2**30
+    assert float(facts["teacher_gib_placement_device"].split()[0]) == pytest.approx(gib, rel=0.02)
+    assert facts["teacher_gib_placement_host"].endswith("during its pass and 0.145 between passes")
+    # 128 sequences over two data-parallel and four tensor-parallel ranks, 2,048 bf16 values for each position.
+    assert facts["teacher_states_gib"].startswith(f"{128 * 32768 / 8 * 2048 * 2 / 2**30:.3g} a step")
+    assert not any(key.startswith(("teacher_gib", "teacher_states")) for key in derived(make(**PAPER), 8, SHAPE))
+
+
 @pytest.mark.parametrize(("values", "world_size", "key", "text"), UNFIT)
 def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, text: str) -> None:
     problem = only(find_problems(make(**values), world_size=world_size, hf_config=SHAPE))

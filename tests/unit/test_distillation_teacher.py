@@ -12,7 +12,15 @@ from training_runs import make_config, make_run
 from megatron_zeda.config_megatron import transformer_config
 from megatron_zeda.conversion.megatron_io import latest_iteration
 from megatron_zeda.data import GlobalBatch, training_batches
-from megatron_zeda.distillation import FrozenTeacher, Objective, TeacherStates, num_bytes, parity_gate, score
+from megatron_zeda.distillation import (
+    FrozenTeacher,
+    Objective,
+    TeacherStates,
+    num_bytes,
+    parity_gate,
+    ready_weight,
+    score,
+)
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.training import checkpoint, setup
@@ -152,3 +160,11 @@ def test_the_gate_refuses_garbage(root: Path, batch: GlobalBatch) -> None:
         ZedaError, match=r"the teacher's cross entropy on \d+ response tokens is 4.564 nats, and guessing"
     ):
         parity_gate(student, zeros, batch, exact=False)
+
+
+def test_a_weight_that_is_used_outside_its_module_is_waited_for() -> None:
+    """As its module's own forward pass waits, with ddp.overlap_param_gather; a tied weight is not the module's."""
+    layer, tied, calls = torch.nn.Linear(3, 5, bias=False), torch.zeros(5, 3), []
+    layer.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+    assert ready_weight(layer, None) is layer.weight and ready_weight(layer, tied) is tied
+    assert calls == [layer, layer]
