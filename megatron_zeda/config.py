@@ -197,7 +197,9 @@ class RolloutSettings(Section):
     served_model: str | None = None
     """The model's name at the server. null: the only one it has."""
     reload: Literal["vllm", "sglang"] | None = None
-    """How the server is told to load new weights. null: it is not, and trains nothing but the first version."""
+    """How the server is told to load new weights. null: it is not, and keeps those it was started with."""
+    export_format: Literal["zeda", "dense-zeros", "vllm-mone"] = "dense-zeros"
+    """The form of the weights that a server gets, which is the one it was started with (docs/export_formats.md)."""
     timeout_minutes: PositiveFloat = 10.0
     """Longest wait for one response of a server."""
     max_retries: Natural = 3

@@ -303,7 +303,14 @@ RULES: dict[str, Rule] = {
         ("rollout.samples_per_prompt",), "divides `train.global_batch_size`, the responses of a step", "use a divisor"
     ),
     "server": Rule(
-        ("rollout.url", "rollout.served_model", "rollout.reload", "rollout.timeout_minutes", "rollout.max_retries"),
+        (
+            "rollout.url",
+            "rollout.served_model",
+            "rollout.reload",
+            "rollout.export_format",
+            "rollout.timeout_minutes",
+            "rollout.max_retries",
+        ),
         "`rollout.url` with engines that are servers, and none of these with `megatron`",
         "give the url, or remove the setting",
     ),

@@ -74,7 +74,7 @@ def _engine(config: Config) -> Iterator[Problem]:
             )
         return
     default = RolloutSettings()
-    for name in ("url", "served_model", "reload", "timeout_minutes", "max_retries"):
+    for name in ("url", "served_model", "reload", "export_format", "timeout_minutes", "max_retries"):
         if getattr(rollout, name) != getattr(default, name):
             yield Problem(
                 "server",

@@ -321,7 +321,7 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
     }
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
-    _write_hf_folder(config, source / megatron_io.HF_FOLDER)
+    write_hf_folder(config, source / megatron_io.HF_FOLDER)
     write_atomically(config.save_dir / "zeda_manifest.json", text)
     if final.exists():  # written, but the run was killed before it became the latest
         shutil.rmtree(final)
@@ -333,7 +333,7 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
         shutil.rmtree(doomed)
 
 
-def _write_hf_folder(config: Config, source: Path) -> None:
+def write_hf_folder(config: Config, source: Path) -> None:
     """``<save>/hf``: a copy of the model's, with the method and the dial that the student is trained with (law 6)."""
     folder = config.save_dir / megatron_io.HF_FOLDER
     if not folder.exists():

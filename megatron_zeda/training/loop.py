@@ -24,15 +24,14 @@ from megatron_zeda.errors import InputError, ZedaError, disk_errors
 from megatron_zeda.training import banner, checkpoint, methods, setup, validation
 from megatron_zeda.training import teacher as teachers
 from megatron_zeda.training.checkpoint import Progress
+from megatron_zeda.training.engines import build_rollouts
 from megatron_zeda.training.metrics import Metrics
 from megatron_zeda.training.on_policy import (
     Counts,
     Interrupted,
-    build_rollouts,
-    first_weights,
-    next_weights,
     rollout_values,
 )
+from megatron_zeda.training.rollout_files import first_weights, next_weights
 from megatron_zeda.training.signals import StopRequest
 from megatron_zeda.training.step import StepResult, no_step, train_step
 from megatron_zeda.training.weight_control import control_weight, start_weight, weight_of

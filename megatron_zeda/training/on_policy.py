@@ -6,16 +6,13 @@ number of responses a run has asked for must be saved for it to go on with the s
 
 ``<run_dir>/rollouts/step_0000001.jsonl`` holds the responses of the first step, as ``zeda rollout`` writes them. Lines
 are appended while they are generated, and a run that was killed uses what is there, if the weights that have sampled it
-are those it has again: their name (:func:`first_weights`, :func:`next_weights`) says what they came from.
+are those it has again (:mod:`.rollout_files`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,16 +21,12 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_zeda.config import Config
-from megatron_zeda.conversion import megatron_io
 from megatron_zeda.data import BatchBuilder, BatchOrder, GlobalBatch, Sample
-from megatron_zeda.data.jsonl import parse_line
-from megatron_zeda.errors import InputError, ZedaError, disk_errors
+from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.rollout.codec import Codec
 from megatron_zeda.rollout.engine import Request, Response, RolloutEngine, Sampling
-from megatron_zeda.rollout.files import Prompt, Rollout, parse_rollout, read_prompts
-
-ROLLOUTS = "rollouts"
-
+from megatron_zeda.rollout.files import Prompt, Rollout, read_prompts
+from megatron_zeda.training.rollout_files import StepFile, steps_of, weights_version
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
@@ -104,111 +97,6 @@ class PromptOrder:
         """Responses ``first`` to ``first + count - 1`` of the run."""
         rows = range(first, first + count)
         return [Wanted(row, self._order[row // self._samples], row % self._samples) for row in rows]
-
-
-# ---- which weights --------------------------------------------------------------------------------------------------
-
-
-class State(Protocol):
-    """What a run saves and gets back for its rollouts to go on.
-
-    Attributes:
-        iteration: steps done.
-        consumed_samples: responses asked for.
-        weights: name of the student's weights.
-        rollout_version: version of the weights that the latest responses were sampled with.
-    """
-
-    iteration: int
-    consumed_samples: int
-    weights: str
-    rollout_version: str
-
-
-# Sections without any influence on the weights.
-_NOT_OF_THE_WEIGHTS = frozenset({"checkpoint", "dist", "logger", "validation"})
-
-
-def first_weights(config: Config) -> str:
-    """Name the weights that a run begins with, by their checkpoint."""
-    folder = megatron_io.latest_checkpoint_dir(Path(str(config.model.checkpoint)))
-    return _digest(str(folder), str(folder.stat().st_mtime_ns))
-
-
-def next_weights(config: Config, before: str, *numbers: float) -> str:
-    """Name the weights after a step, by those before, the settings, and what the step has measured.
-
-    Two runs that did the same steps with the same settings give the same names, and others do not: hashing the weights
-    themselves would take longer than a step.
-    """
-    settings = {name: section for name, section in asdict(config).items() if name not in _NOT_OF_THE_WEIGHTS}
-    return _digest(before, json.dumps(settings, sort_keys=True), *(number.hex() for number in numbers))
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def weights_version(updates: int, weights: str) -> str:
-    """The ``weights_version`` of responses: ``step-<steps done>-<name>``."""
-    return f"step-{updates:07d}-{weights}"
-
-
-def steps_of(version: str) -> int:
-    """The number of steps that the weights of a version have seen."""
-    return int(version.split("-")[1])
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-class StepFile:
-    """The responses of one step on disk; only one rank has one."""
-
-    def __init__(self, run_dir: Path, step: int) -> None:
-        self.path = run_dir / ROLLOUTS / f"step_{step:07d}.jsonl"
-        self.partial = self.path.with_name(self.path.name + ".partial")
-
-    def read(self, fits: Callable[[Rollout], bool]) -> tuple[dict[int, Rollout], bool]:
-        """What an earlier start of this run has left that fits, by row, and whether that is all there will be.
-
-        Torn lines and whatever does not fit are passed over: :meth:`begin` removes them.
-        """
-        source = self.path if self.path.is_file() else self.partial
-        found: dict[int, Rollout] = {}
-        fitting = True
-        if source.is_file():
-            with disk_errors(source), source.open(encoding="utf-8", errors="replace") as file:
-                for number, text in enumerate(file, start=1):
-                    try:
-                        rollout = parse_rollout(parse_line(text, f"{source}:{number}"), f"{source}:{number}")
-                    except InputError:
-                        fitting = False
-                        continue
-                    if text.endswith("\n") and fits(rollout):
-                        found[rollout.sampling["row"]] = rollout
-                    else:
-                        fitting = False
-        return found, fitting and source == self.path
-
-    def begin(self, kept: Iterable[Rollout]) -> None:
-        """Start a file with these lines."""
-        with disk_errors(self.partial):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            temporary.write_text("".join(f"{rollout.to_json()}\n" for rollout in kept), encoding="utf-8")
-            os.replace(temporary, self.partial)
-            self.path.unlink(missing_ok=True)
-
-    def append(self, rollouts: Iterable[Rollout]) -> None:
-        """Add lines and hand them to the operating system."""
-        with disk_errors(self.partial), self.partial.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{rollout.to_json()}\n" for rollout in rollouts))
-
-    def finish(self) -> None:
-        """Every response of the step is there, or could not be had."""
-        with disk_errors(self.path):
-            os.replace(self.partial, self.path)
 
 
 # ---- from responses to a batch --------------------------------------------------------------------------------------
@@ -342,6 +230,22 @@ def rollout_values(counts: Counts, sums: Mapping[str, float], version: str) -> d
 
 
 # ---- the rollouts of a run ------------------------------------------------------------------------------------------
+
+
+class State(Protocol):
+    """What a run saves and gets back for its rollouts to go on.
+
+    Attributes:
+        iteration: steps done.
+        consumed_samples: responses asked for.
+        weights: name of the student's weights.
+        rollout_version: version of the weights that the latest responses were sampled with.
+    """
+
+    iteration: int
+    consumed_samples: int
+    weights: str
+    rollout_version: str
 
 
 class Interrupted(Exception):
@@ -481,7 +385,7 @@ class Rollouts:
             # Its routing is in no file: what is to be replayed is generated again.
             if not self.config.rollout.routing_replay:
                 found = file.read(fits)
-        rollouts, complete = _from_first(found)
+        rollouts, complete = from_first(found)
         for row, rollout in rollouts.items():
             collected.responses[row] = Response(
                 ids=rollout.response_ids,
@@ -528,7 +432,7 @@ class Rollouts:
                 answer = (self.engine.generate(requests, self.sampling), None)
             except ZedaError as error:
                 answer = ([], error)
-        responses, failure = _from_first(answer)
+        responses, failure = from_first(answer)
         if failure is not None:
             raise failure
         return responses
@@ -570,38 +474,8 @@ def _other(response: Response) -> str:
     return weights_version(response.weights_version or 0, "older")
 
 
-def build_rollouts(
-    config: Config,
-    prompts: PromptSet,
-    builder: BatchBuilder,
-    chunks: list[Any],
-    *,
-    stopping: Callable[[], bool],
-) -> Rollouts:
-    """The rollouts of a run with the engine that ``rollout.engine`` names.
-
-    Args:
-        config: the configuration of the run.
-        prompts: what is asked.
-        builder: makes batches.
-        chunks: the student's model chunks.
-        stopping: whether this rank wants to stop.
-    """
-    from megatron_zeda.rollout.megatron_engine import MegatronEngine
-
-    rollout = config.rollout
-    engine = MegatronEngine(
-        chunks,
-        eos_ids=prompts.codec.eos_ids,
-        context=prompts.codec.context,
-        batch_size=rollout.batch_size,
-        record_routing=rollout.routing_replay,
-    )
-    return Rollouts(config, prompts, builder, engine, stopping=stopping)
-
-
-def _from_first(value: Any) -> Any:
-    """The first rank's value, on every rank."""
+def from_first(value: Any) -> Any:
+    """The first rank's value, on every rank; a collective call."""
     if dist.get_world_size() == 1:
         return value
     box = [value]

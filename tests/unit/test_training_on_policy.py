@@ -23,12 +23,10 @@ from megatron_zeda.training.on_policy import (
     PromptOrder,
     PromptSet,
     Rollouts,
-    next_weights,
-    steps_of,
     to_batch,
     to_samples,
-    weights_version,
 )
+from megatron_zeda.training.rollout_files import next_weights, steps_of, weights_version
 
 VOCABULARY = 50
 
