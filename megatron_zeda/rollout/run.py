@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,26 +55,30 @@ def rollout(source: Source, prompts: Path, output: Path, sampling: Sampling) -> 
         ZedaError: a response that could not be had; what was there before it is written.
     """
     started = time.monotonic()
+    alone = not source.engine.collective
     lines = read_prompts(prompts)
     encoded = [source.codec.encode(prompt) for prompt in lines]
     rows = [(index, sample) for index in range(len(lines)) for sample in range(sampling.samples_per_prompt)]
     expected = [Expected(lines[i].id, encoded[i], _sampling_record(sampling, sample)) for i, sample in rows]
-    writer = RolloutWriter(output, expected, engine=source.engine.name, weights_version=source.weights_version)
-    resumed = first = writer.num_done
+    writer = None
+    if alone or _is_first():
+        writer = RolloutWriter(output, expected, engine=source.engine.name, weights_version=source.weights_version)
+    done = (len(rows), 0) if writer is None else (writer.num_done, writer.complete and output.exists())
+    first, finished = done if alone else _from_first(done)
+    resumed = first
     written: list[Response] = []
-    if not (writer.complete and output.exists()):
-        with writer, _progress(len(rows), first) as bar:
+    if not finished:
+        with nullcontext() if writer is None else writer, _progress(len(rows), first, writer is None) as bar:
             while first < len(rows):
                 asked = range(first, min(first + source.window, len(rows)))
                 requests = [Request(encoded[rows[row][0]], row) for row in asked]
                 responses = source.engine.generate(requests, sampling)
                 good = _before_a_failure(responses)
-                writer.write(
-                    [
-                        _line(source, lines[rows[row][0]], expected[row], response)
-                        for row, response in zip(asked, good, strict=False)
-                    ]
-                )
+                if writer is not None:
+                    answered = zip(asked, good, strict=False)
+                    writer.write(
+                        [_line(source, lines[rows[row][0]], expected[row], response) for row, response in answered]
+                    )
                 written += good
                 bar.update(len(good))
                 if len(good) < len(responses):
@@ -144,7 +149,21 @@ def _line(source: Source, prompt: Prompt, expected: Expected, response: Response
     )
 
 
-def _progress(total: int, initial: int) -> Any:
-    return tqdm(
-        total=total, initial=initial, desc="rollout", unit="response", file=sys.stderr, disable=not sys.stderr.isatty()
-    )
+def _progress(total: int, initial: int, quiet: bool) -> Any:
+    quiet = quiet or not sys.stderr.isatty()
+    return tqdm(total=total, initial=initial, desc="rollout", unit="response", file=sys.stderr, disable=quiet)
+
+
+def _is_first() -> bool:
+    import torch.distributed as dist
+
+    return dist.get_rank() == 0
+
+
+def _from_first(value: Any) -> Any:
+    """What the first rank has, on all ranks."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

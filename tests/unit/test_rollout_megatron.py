@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from checkpoints import edit_config, load_megatron, megatron_model, newest_iteration
+from megatron.core.transformer.moe.router import TopKRouter
 from tiny_hf import VOCABULARY, save_dynamic, save_static
 
 from megatron_zeda.conversion import hf_to_megatron
+from megatron_zeda.errors import InputError
 from megatron_zeda.models import load_hf_config
-from megatron_zeda.rollout import Request, Response, Sampling, TransformersEngine
+from megatron_zeda.rollout import Request, Response, Sampling, TransformersEngine, megatron_decode
 from megatron_zeda.rollout.megatron_engine import MegatronEngine
+from megatron_zeda.zero_experts import router_statistics, set_loss_tokens
 
 STOP = (9, 14, 30)
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0, stop_token_ids=STOP)
@@ -62,3 +68,89 @@ def test_it_says_what_transformers_says(megatron: None, folders: tuple[Path, Pat
 
 def build_transformers(folders: tuple[Path, Path]) -> TransformersEngine:
     return TransformersEngine(folders[0])
+
+
+def test_recorded_routing_is_that_of_a_fresh_pass(megatron: None, folders: tuple[Path, Path]) -> None:
+    """Without a cache, without batches: every response in one pass of its own."""
+    engine = build(folders, batch_size=3, record_routing=True)
+    responses = engine.generate(requests(7), SAMPLED)
+    (model,) = engine.chunks
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+    seen: list[torch.Tensor] = []
+    handles = [router.register_forward_hook(lambda *call: seen.append(call[2][1])) for router in routers]
+    for request, response in zip(requests(7), responses, strict=True):
+        ids = torch.tensor([request.prompt_ids + response.ids[:-1]])
+        seen.clear()
+        with torch.no_grad():
+            model(ids, torch.arange(ids.shape[1])[None], None)
+        wanted = [[row.nonzero().flatten().tolist() for row in layer] for layer in seen]
+        assert response.routing is not None and response.routing.dtype == np.int16
+        assert response.routing.transpose(1, 0, 2).tolist() == wanted
+    for handle in handles:
+        handle.remove()
+
+
+def test_the_model_is_as_it_was_afterwards(megatron: None, folders: tuple[Path, Path]) -> None:
+    engine = build(folders)
+    (model,) = engine.chunks
+    model.train()
+    router_statistics([model])
+    ids = torch.tensor([[7, 8, 9, 10]])
+    engine.generate([Request([7, 8, 9], 0)], GREEDY)
+    assert model.training and all(module.training for module in model.modules())
+    assert all(sum(found) == 0 for found in [router_statistics([model]).num_selections])
+    for router in (module for module in model.modules() if hasattr(module, "counting")):
+        assert router.counting
+    set_loss_tokens(3.0)
+    # Rotary embeddings of the same length are cached; training must be able to use what generation left.
+    model(ids, torch.arange(4)[None], None, labels=ids).sum().backward()
+
+
+def test_growing_and_shrinking_caches_change_nothing(
+    megatron: None, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(folders, weights_version=4)
+    wanted = engine.generate(requests(), SAMPLED)
+    monkeypatch.setattr(megatron_decode, "_FIRST_ROOM", 1)
+    for batch_size in (1, 4, 64):
+        engine.batch_size = batch_size
+        found = engine.generate(requests(), SAMPLED)
+        same(found, wanted)
+        assert {response.weights_version for response in found} == {4}
+
+
+def test_the_context_ends_a_response(megatron: None, folders: tuple[Path, Path]) -> None:
+    engine = build(folders)
+    long, short = engine.generate([Request([7] * 93, 0), Request([7], 1)], replace(GREEDY, stop_token_ids=()))
+    assert (len(long.ids), long.finish_reason, len(short.ids)) == (3, "length", 12)
+    for prompt in ([], [7] * 96):
+        with pytest.raises(InputError, match="impossible length of a prompt"):
+            engine.generate([Request(prompt, 0)], GREEDY)
+
+
+def test_logits_that_are_not_finite_fail_the_response(megatron: None, folders: tuple[Path, Path]) -> None:
+    engine = build(folders)
+    with torch.no_grad():
+        engine.chunks[0].output_layer.weight.fill_(torch.nan)
+    for response in engine.generate(requests(3), GREEDY):
+        assert (response.finish_reason, response.ids, response.logprobs) == ("error", [], [])
+        assert response.error == "the model's logits are not finite"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("context_parallel_size", 2), ("moe_expert_capacity_factor", 1.0), ("flash_decode", True)]
+)
+def test_settings_that_cannot_generate_are_refused(
+    megatron: None, folders: tuple[Path, Path], name: str, value: Any
+) -> None:
+    engine = build(folders)
+    setattr(engine.chunks[0].config, name, value)
+    with pytest.raises(InputError, match=f"model.{name}"):
+        MegatronEngine(engine.chunks, eos_ids=[], context=96)
+
+
+def test_an_empty_response_says_nothing() -> None:
+    assert Response(ids=[9], logprobs=[-1.0], finish_reason="stop").empty
+    assert Response(finish_reason="error").empty
+    assert not Response(ids=[9], logprobs=[-1.0], finish_reason="length").empty
+    assert not Response(ids=[8, 9], logprobs=[-1.0, -1.0], finish_reason="stop").empty
