@@ -17,6 +17,7 @@ Result = Mapping[str, Any]
 FAMILIES = (
     ("ZEDA, stage 1, w = 1, 1.5, 2.5, 4", ("zeda_w1.0", "zeda_w1.5", "zeda", "zeda_w4.0"), "#1f5fa8"),
     ("ZEDA, stages 1 + 2", ("zeda_2",), "#0b2e59"),
+    ("the paper's: cross entropy, then sampled KL", ("ce_2_sampled",), "#c0392b"),
     ("NET, stage 1, K = 3, 2, 1", ("net_0.25", "net", "net_0.75"), "#d9731a"),
     ("NET, stages 1 + 2", ("net_2",), "#8a3f00"),
     ("AdaMoE, stage 1", ("adamoe",), "#2c8c4a"),
@@ -25,7 +26,7 @@ FAMILIES = (
     ("Dynamic Skipping, untrained", tuple(f"dynamic_skipping_{rate}" for rate in (0.15, 0.3, 0.45)), "#b03060"),
     ("fewer experts, untrained", ("topk_3_untrained", "topk_2_untrained", "topk_1_untrained"), "#777777"),
 )  # fmt: skip
-ESTIMATORS = (("full vocabulary", "zeda_2"), ("top-k", "zeda_2_topk"), ("sampled", "zeda_2_sampled"))
+ESTIMATORS = (("full vocabulary", "ce_2"), ("top-k", "ce_2_topk"), ("sampled", "ce_2_sampled"))
 
 
 def write(results: Path, folder: Path) -> None:

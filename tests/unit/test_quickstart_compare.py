@@ -98,8 +98,8 @@ def test_runs_that_are_done_are_not_repeated_and_a_failure_stops_only_what_needs
 
 def test_a_selection_brings_what_it_starts_from(modules: dict[str, ModuleType]) -> None:
     runs = modules["plan"].plan((2,))
-    chosen = [run.name for run in modules["compare"].selected(runs, ["zeda_2_sampled"])]
-    assert chosen == ["zeda.seed2", "zeda_2_sampled.seed2"]
+    chosen = [run.name for run in modules["compare"].selected(runs, ["ce_2_sampled"])]
+    assert chosen == ["zeda_ce.seed2", "ce_2_sampled.seed2"]
 
 
 def test_its_held_out_questions_are_not_those_the_settings_were_chosen_on(
@@ -141,8 +141,8 @@ def test_tables_and_the_tokens_to_the_same_kl(modules: dict[str, ModuleType], tm
         found[f"zeda.seed{seed}"] = with_points(result("zeda", seed, accuracy=accuracy), "", [(0, 0.3)])
         # From 0.3, the full KL is at 0.1 after 100 tokens, the sampled one after 400: a ratio of four.
         full, sampled = [(100, 0.1), (200, 0.05)], [(200, 0.2), (400, 0.1)]
-        found[f"zeda_2.seed{seed}"] = with_points(result("zeda_2", seed), "zeda", full)
-        found[f"zeda_2_sampled.seed{seed}"] = with_points(result("zeda_2_sampled", seed), "zeda", sampled)
+        found[f"ce_2.seed{seed}"] = with_points(result("ce_2", seed), "zeda", full)
+        found[f"ce_2_sampled.seed{seed}"] = with_points(result("ce_2_sampled", seed), "zeda", sampled)
     built = modules["report"].build(found)
     zeda = built["labels"]["zeda"]
     assert zeda["seeds"] == 2 and zeda["accuracy"]["mean"] == pytest.approx(0.85)
@@ -162,8 +162,8 @@ def test_tables_and_the_tokens_to_the_same_kl(modules: dict[str, ModuleType], tm
 def test_an_estimator_that_never_gets_below_the_start_has_no_ratio(modules: dict[str, ModuleType]) -> None:
     found = {
         "zeda.seed1": with_points(result("zeda", 1), "", [(0, 0.3)]),
-        "zeda_2.seed1": with_points(result("zeda_2", 1), "zeda", [(100, 0.1)]),
-        "zeda_2_sampled.seed1": with_points(result("zeda_2_sampled", 1), "zeda", [(100, 0.4)]),
+        "ce_2.seed1": with_points(result("ce_2", 1), "zeda", [(100, 0.1)]),
+        "ce_2_sampled.seed1": with_points(result("ce_2_sampled", 1), "zeda", [(100, 0.4)]),
     }
     (row,) = modules["report"].tokens_ratios(found)["sampled"]["per_seed"]
     assert row["ratio"] is None and row["best"] == 0.3
