@@ -218,7 +218,7 @@ def rollout_values(counts: Counts, sums: Mapping[str, float], version: str) -> d
     tokens = sums["tokens"] or float("nan")
     return {
         **asdict(counts),
-        # How far trainer and engine are apart on the sampled tokens: log p_trainer - log p_engine.
+        # How far trainer and engine are apart on the sampled tokens: |log p_trainer - log p_engine|.
         "logprob_gap": sums["logprob_gap"] / tokens,
         "logprob_gap_max": sums["logprob_gap_max"],
         "kl_engine": sums["logprob_gap_k3"] / tokens,
