@@ -52,6 +52,18 @@ class FrozenTeacher:
         """Bytes of this rank's parameters and buffers."""
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(self.chunks))
 
+    @property
+    def output_num_bytes(self) -> int:
+        """Those of its output layer, which are 0 on all pipeline stages but the last."""
+        weights = [
+            parameter
+            for chunk in self.chunks
+            for module in chunk.modules()
+            if getattr(module, "post_process", False) and hasattr(module, "shared_embedding_or_output_weight")
+            for parameter in [module.shared_embedding_or_output_weight()]
+        ]
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers of this rank."""
         digest = hashlib.sha256()

@@ -69,16 +69,16 @@ def teacher_lines(
     config: Config, teacher: FrozenTeacher | None, held_out: HeldOut | None, fixture: TeacherStates | None
 ) -> list[str]:
     """Where the teacher is and what it takes on this rank."""
-    if teacher is None or fixture is None:
+    if teacher is None:
         return ["teacher: none (teacher.checkpoint is null): no parity gate before the first step, no KL"]
-    kept = held_out.teacher if held_out and held_out.teacher else [fixture]
+    kept = held_out.teacher if held_out and held_out.teacher else [fixture] if fixture is not None else []
     on = f"{'the held-out batches' if held_out else 'a batch'} ({len(kept)})"
     name = config.teacher.checkpoint
     if not config.distils:
         return [
             f"teacher: {name}, its output layer and its hidden states on {on} take {_mib(num_bytes(kept))} on this rank"
         ]
-    weights, output = _mib(teacher.num_bytes), _mib(num_bytes(kept) - sum(states.num_bytes for states in kept))
+    weights, output = _mib(teacher.num_bytes), _mib(teacher.output_num_bytes)
     places = {
         "device": f"placement device: {weights} of weights on the device of this rank, always (host: {output} between "
         f"passes, and {weights} of pinned host memory)",

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from megatron_zeda.distillation import (
     ready_weight,
     score,
 )
+from megatron_zeda.distillation.teacher import _computing
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import load_hf_config
 from megatron_zeda.training import checkpoint, setup
@@ -168,3 +170,16 @@ def test_a_weight_that_is_used_outside_its_module_is_waited_for() -> None:
     layer.register_forward_pre_hook(lambda module, inputs: calls.append(module))
     assert ready_weight(layer, None) is layer.weight and ready_weight(layer, tied) is tied
     assert calls == [layer, layer]
+
+
+def test_a_pass_may_compute_without_fp8() -> None:
+    """The gate compares in the student's precision; modules of a model share or copy its configuration."""
+    shared, copied = SimpleNamespace(fp8="hybrid"), SimpleNamespace(fp8="hybrid")
+    chunk, layer = torch.nn.Module(), torch.nn.Module()
+    chunk.config, layer.config, chunk.layer = shared, copied, layer
+    with _computing([chunk], fp8=True):
+        assert (shared.fp8, copied.fp8) == ("hybrid", "hybrid")
+    with pytest.raises(KeyError), _computing([chunk], fp8=False):
+        assert (shared.fp8, copied.fp8) == (None, None)
+        raise KeyError
+    assert (shared.fp8, copied.fp8) == ("hybrid", "hybrid")

@@ -175,6 +175,7 @@ def test_a_teacher_in_host_memory_is_the_same_teacher(
     weights = re.search(r"placement host: ([\d.]+) MiB of weights in pinned host memory", out)
     size = sum(file.stat().st_size for file in (root / "teacher_hf").glob("*.safetensors"))
     assert weights and float(weights[1]) * 2**20 == pytest.approx(size, rel=0.05)
+    assert f"and {96 * 32 * 4 / 2**20:.3f} MiB of output layer between passes" in out
     # Eight sequences of 64 tokens, every one a response token, in fp32.
     assert f"at most {8 * 64 * 32 * 4 / 2**20:.3f} MiB a step" in out
 
@@ -232,7 +233,9 @@ def test_a_teacher_worse_than_chance_is_refused(root: Path) -> None:
     wrong = [line | {"response_ids": [(token + 48) % 96 for token in line["response_ids"]]} for line in lines]
     (root / "wrong.jsonl").write_text("".join(json.dumps(line) + "\n" for line in wrong))
     config.dataset.train = [str(root / "wrong.jsonl")]
-    with pytest.raises(ZedaError, match=r"cross entropy on \d+ response tokens is [\d.]+ nats, and guessing costs 4.564"):
+    with pytest.raises(
+        ZedaError, match=r"cross entropy on \d+ response tokens is [\d.]+ nats, and guessing costs 4.564"
+    ):
         train(config)
 
 
