@@ -36,7 +36,7 @@ def _own_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield
     torch.set_num_threads(threads)
     set_loss_tokens(None)
-    for name in ("conversion", "moe_layer", "step", "side_by_side", "zero_expert_layers"):
+    for name in ("conversion", "kl", "moe_layer", "step", "side_by_side", "zero_expert_layers"):
         sys.modules.pop(name, None)
 
 
@@ -141,3 +141,20 @@ def test_spread_and_ratio() -> None:
     assert side_by_side.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
     assert side_by_side.ratio([2.0, 3.0], [4.0, 3.0]) == {"median": 0.75, "min": 0.5, "max": 1.0}
     assert side_by_side.ratio([3.0], [5.0], offset=1.0)["median"] == 0.5
+
+
+def test_kl_compares_time_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import kl
+
+    monkeypatch.setitem(sys.modules, "modelopt", None)  # its import takes seconds and changes this process
+    arguments = ["--vocabulary", "300", "--hidden-size", "8", "--tokens", "16", "--rounds", "2"]
+    record = _run(kl, arguments, tmp_path / "kl.json")
+    assert record["settings"]["not_compared"].keys() == {"modelopt", "liger"}
+    for direction in ("forward", "reverse"):
+        logits, hidden = record["results"][direction]["logits"], record["results"][direction]["hidden_states"]
+        assert logits["seconds"].keys() == {"plain torch", "ours"} and logits["seconds"]["ours"]["min"] > 0
+        assert logits["ours_over"]["ours"]["plain torch"]["peak_bytes"] < 1
+        # bf16 logits of both, fp32 log-probabilities, ...: what the definition holds at once is at least this
+        assert logits["peak_fp32_copies_of_logits"]["plain torch"] > 3
+        assert hidden["ours_over"].keys() == {"ours", "ours, fused"}
+    assert len(record["targets"]) == 8
