@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from completions_server import CompletionsServer, serving, transformers_completions
 from on_policy_runs import add_prompts, make_stage_2
 from training_runs import make_run
 
@@ -79,7 +81,7 @@ def test_the_first_step_is_the_reverse_kl_of_what_the_student_said(root: Path, w
     for rollout, logprobs in zip(rollouts, student, strict=True):
         chosen = logprobs[range(len(rollout.response_ids)), rollout.response_ids]
         assert rollout.logprobs == pytest.approx(chosen.tolist(), abs=2e-6)
-        gaps += (chosen - torch.tensor(rollout.logprobs, dtype=torch.float64)).tolist()
+        gaps += (chosen - torch.tensor(rollout.logprobs, dtype=torch.float64)).abs().tolist()
     assert line["rollout"]["logprob_gap"] == pytest.approx(np.mean(gaps), abs=1e-6)
     assert 0 <= line["rollout"]["logprob_gap_max"] < 1e-5 and abs(line["rollout"]["kl_engine"]) < 1e-9
     assert line["rollout"]["importance"] == pytest.approx(1.0, abs=1e-5)
@@ -207,3 +209,54 @@ def test_replayed_routing_is_that_of_the_rollout(root: Path, whole: Config, monk
     again = replayed(root, "recomputed", **{f"model__{key}": value for key, value in recompute.items()})
     for line, other in zip(again, told, strict=True):
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def student_of(server: list[CompletionsServer], root: Path) -> Any:
+    """Completions of whatever the server was told to load last; of the untrained student before."""
+    completes: dict[str, Any] = {}
+
+    def complete(body: dict[str, Any]) -> dict[str, Any]:
+        path = server[0].loaded
+        if path not in completes:
+            folder = root / "student_hf" if path == "first" else Path(path)
+            completes[path] = transformers_completions(load_model(folder, device=torch.device("cpu")))
+        answer: dict[str, Any] = completes[path](body)
+        return answer
+
+    return complete
+
+
+def without_ids_once() -> Callable[[dict[str, Any]], None]:
+    """An edit that makes the fifth answer one that cannot be used."""
+    calls = count()
+
+    def edit(answer: dict[str, Any]) -> None:
+        if next(calls) == 4:
+            del answer["choices"][0]["token_ids"]
+
+    return edit
+
+
+def test_a_server_answers_with_the_weights_of_the_step(root: Path) -> None:
+    box: list[CompletionsServer] = []
+    with serving(student_of(box, root)) as server:
+        box.append(server)
+        runs = {}
+        for reload in ("vllm", None):
+            config = make_stage_2(root, f"server-{reload}")
+            config.rollout.engine, config.rollout.url, config.rollout.reload = "openai", server.url, reload
+            config.rollout.max_staleness, config.train.train_iters = 1, 3
+            server.edit = without_ids_once() if reload else lambda answer: None
+            assert train(config) == 0
+            runs[reload] = [line["rollout"] for line in lines_of(config)]
+            if reload:
+                assert server.loaded == str(config.run_dir / "rollout_weights/2")
+                server.loaded = "first"
+    # Every step, the trainer computes the probabilities that the server gave: it had the trainer's weights.
+    for counts in runs["vllm"]:
+        assert counts["logprob_gap_max"] < 1e-4 and counts["staleness"] == counts["too_old"] == 0
+    assert [counts["failed"] for counts in runs["vllm"]] == [1, 0, 0] and runs["vllm"][0]["trained"] <= 7
+    # A server that is not told keeps the first weights: one step later they are too far, two steps later too old.
+    first, second, third = runs[None]
+    assert first["logprob_gap_max"] < 1e-4 < 1e-3 < second["logprob_gap_max"] and second["staleness"] == 1
+    assert third["too_old"] == 8 and third["trained"] == 0
