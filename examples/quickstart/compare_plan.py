@@ -23,7 +23,7 @@ SWEEP = (1.0, 1.5, 4.0)
 LOGIT_BIASES = (-1.0, -0.5, 0.5, 1.0)
 
 # Over the quickstart's stage1.yaml and stage2.yaml.
-STAGE1 = ("train.train_iters=300", "validation.eval_interval=100")
+STAGE1 = ("train.train_iters=250", "validation.eval_interval=50")
 STAGE2 = ("train.train_iters=60", "validation.eval_interval=5")
 FORWARD_KL = ("distillation.cross_entropy=0.0", "distillation.forward_kl=1.0")
 CROSS_ENTROPY = ("distillation.cross_entropy=1.0", "distillation.forward_kl=0.0")

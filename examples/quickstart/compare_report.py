@@ -136,16 +136,16 @@ def tokens_ratios(found: Mapping[str, Result]) -> dict[str, Any]:
             if result["run"]["label"] == label and full is not None:
                 ours, others = curve_of(full, found), curve_of(result, found)
                 level = max(min(kl for _, kl in ours), min(kl for _, kl in others))
-                tokens = tokens_to(ours, level), tokens_to(others, level)
+                mine, theirs = tokens_to(ours, level), tokens_to(others, level)
                 # Where one never gets below the start, there is nothing to compare.
-                comparable = level < ours[0][1] and all(tokens)
+                comparable = level < ours[0][1]
                 per_seed.append(
                     {
                         "seed": result["run"]["seed"],
                         "kl": level,
-                        "tokens_full": tokens[0],
-                        "tokens": tokens[1],
-                        "ratio": tokens[1] / tokens[0] if comparable else None,
+                        "tokens_full": mine,
+                        "tokens": theirs,
+                        "ratio": theirs / mine if comparable and mine and theirs else None,
                         "best_full": min(kl for _, kl in ours),
                         "best": min(kl for _, kl in others),
                     }
