@@ -147,8 +147,8 @@ class DistillationSettings(Section):
     """Stage 2: a token weighs min(p_trainer / p_engine, cap), p the probability of the token when it was sampled, as
     the trainer and as the rollout engine compute it. null: 1."""
     chunk_size: Count | None = None
-    """Tokens whose logits exist at a time. null: a quarter of the hidden size, or what fits in 64 MiB of fp32 if that is
-    more."""
+    """Tokens whose logits exist at a time. null: a quarter of the hidden size, or what fits in 64 MiB of fp32 if
+    that is more."""
 
 
 @dataclass(kw_only=True)

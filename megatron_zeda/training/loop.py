@@ -152,6 +152,7 @@ def _run(config: Config, stop: StopRequest) -> bool:
             metrics.say(f"the teacher is what it was before: SHA-256 {teacher_bytes[:16]}... on this rank")
     finally:
         metrics.close()
+        setup.release(student.chunks)
     return student.progress.iteration >= train_iters
 
 

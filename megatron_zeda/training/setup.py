@@ -241,6 +241,19 @@ def build_objective(config: Config) -> Objective:
     )
 
 
+def release(chunks: list[Any]) -> None:
+    """Let the chunks that :func:`wrap_for_training` returned be freed when nobody refers to them any more.
+
+    Megatron's DDP holds the gradient accumulators and their hooks hold DDP; the model's configuration holds the
+    optimizer, whose views of parameters hold the accumulators too. All of it in C++, where no garbage collection looks:
+    the model, its buffers and all process groups with their threads would stay until the process ends.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        chunk.config.grad_scale_func = None
+        unwrap(chunk).config.grad_scale_func = None
+
+
 @contextmanager
 def whole_parameters(chunks: list[Any]) -> Iterator[None]:
     """Within the block every rank holds all its parameters, and nothing gathers them behind our back.
