@@ -480,9 +480,10 @@ def derived(config: Config, world_size: int, hf_config: Mapping[str, Any] | None
 
 
 def teacher_states_bytes(config: Config, world_size: int, hidden_size: int) -> int:
-    """Return the most bytes a step's hidden states of the teacher take on a rank of the last pipeline stage.
+    """Return about how many bytes a step's hidden states of the teacher take on a rank of the last pipeline stage.
 
-    That is with every position a response token; each tensor-parallel rank keeps its share.
+    That is with every position a response token and responses spread evenly over the data-parallel ranks; each
+    tensor-parallel rank keeps its share. While the loss of a micro-batch is made, its states are there as a whole too.
 
     Args:
         config: a configuration without problems.
@@ -518,7 +519,7 @@ def _teacher_facts(config: Config, hf_config: Mapping[str, Any], world_size: int
         "teacher_gib_placement_device": f"{weights:.3g} on the device",
         "teacher_gib_placement_host": f"{weights:.3g} in host memory, on the device {weights:.3g} during its pass and "
         f"{output_layer:.3g} between passes",
-        "teacher_states_gib": f"{states / 2**30:.3g} a step on a rank of the last stage, at most",
+        "teacher_states_gib": f"{states / 2**30:.3g} a step on a rank of the last stage, if every position counts",
     }
 
 

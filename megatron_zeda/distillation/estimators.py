@@ -216,9 +216,10 @@ def _token_values(chunk: Chunk, objective: Objective, sums: dict[str, Tensor]) -
 
     gap = zero if chunk.old_logprobs is None else -ce - chunk.old_logprobs
     ratio = gap.clamp(max=_LARGEST_LOG_RATIO).exp()
-    cap = float("inf") if objective.importance_cap is None else objective.importance_cap
+    corrects = objective.importance_cap is not None and chunk.old_logprobs is not None
+    cap = objective.importance_cap if corrects else float("inf")
     bounded = ratio.clamp(max=cap)
-    weight = torch.ones_like(zero) if objective.importance_cap is None else bounded
+    weight = bounded if corrects else torch.ones_like(zero)
 
     forward, reverse, clipped, log_rest = zero, zero, zero, None
     label = weight * objective.cross_entropy
@@ -297,14 +298,32 @@ def _write_gradient(chunk: Chunk, objective: Objective, topk: _TopK | None, of: 
             difference.add_(of.forward[:, None])
         if inverse == 1.0:
             difference.add_(of.label[:, None])
-    student.sub_(of.log_label[:, None]).exp_()
-    if difference is None or inverse != 1.0:
-        gradient.addcmul_(student, of.label[:, None])
-    if difference is not None:
-        if inverse != 1.0:  # p at the temperature from p at 1, where the buffer of the logits already holds the latter
-            student.pow_(inverse).mul_((of.log_label[:, None] * inverse - log_student).exp_())
-        gradient.addcmul_(student, difference)
+    if difference is None or inverse == 1.0:
+        student.sub_(of.log_label[:, None]).exp_()
+        gradient.addcmul_(student, of.label[:, None] if difference is None else difference)
+    else:
+        _add_tempered(gradient, student, difference, of, objective)
     _add_at_label(gradient, chunk.labels, -of.label)
+
+
+def _add_tempered(
+    gradient: Tensor, student: Tensor, difference: Tensor, of: _Coefficients, objective: Objective
+) -> None:
+    """Add p at the temperature times ``difference``, and p at 1 times the label's coefficient; both are overwritten.
+
+    One buffer for two exponentials: the flatter one first, because powers of what underflowed would be lost. Both stay
+    at most 1 until they are divided by their sums.
+    """
+    temperature, inverse = objective.temperature, 1.0 / objective.temperature
+    difference.mul_(of.log_student.neg().exp_()[:, None])
+    label = (of.label * of.log_label.neg().exp())[:, None]
+    if temperature > 1.0 or not objective.cross_entropy:
+        gradient.addcmul_(student.mul_(inverse).exp_(), difference)
+        if objective.cross_entropy:
+            gradient.addcmul_(student.pow_(temperature), label)
+    else:
+        gradient.addcmul_(student.exp_(), label)
+        gradient.addcmul_(student.pow_(inverse), difference)
 
 
 def _add_at_label(values_CV: Tensor, labels_C: Tensor, addend_C: Tensor) -> None:

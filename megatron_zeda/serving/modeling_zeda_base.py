@@ -118,8 +118,7 @@ class ZeroExpertRows:
             skipped = scores < self.beta * scores.amax(-1, keepdim=True)
         if self.renormalizes:
             kept = scores.masked_fill(skipped, 0.0)
-            share = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-            scores = kept * (scores.sum(-1, keepdim=True) / share)
+            scores = kept * (scores.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1e-30))
         if self.beta is not None:
             return scores.to(dtype).clamp(min=torch.finfo(dtype).tiny).masked_fill(skipped, 0.0), chosen
         found, indices = hide_zero_slots(scores, chosen, self.num_real, dtype)

@@ -90,7 +90,7 @@ def teacher_lines(
     precision = ("bf16" if config.model.bf16 else "fp32") if fp8 is None else f"fp8 {fp8} {recipe}"
     return [
         f"teacher: {name}, computes in {precision}; {places[config.teacher.placement]}",
-        f"teacher's hidden states: at most {_mib(cache)} a step on a rank of the last stage; "
+        f"teacher's hidden states: about {_mib(cache)} a step on a rank of the last stage, if every position counts; "
         f"{_mib(sum(states.num_bytes for states in kept))} on {on}",
     ]
 

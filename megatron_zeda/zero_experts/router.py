@@ -321,7 +321,8 @@ def renormalized(probs_TG: torch.Tensor, kept_TG: torch.Tensor) -> torch.Tensor:
     """
     kept_probs_TG = probs_TG * kept_TG
     kept_T1 = kept_probs_TG.sum(dim=-1, keepdim=True)
-    return kept_probs_TG * (probs_TG.sum(dim=-1, keepdim=True) / kept_T1.clamp(min=torch.finfo(probs_TG.dtype).tiny))
+    # Not the smallest number there is: the quotient would be infinite, and 0 times that is none.
+    return kept_probs_TG * (probs_TG.sum(dim=-1, keepdim=True) / kept_T1.clamp(min=1e-30))
 
 
 class StaticRouter(TopKRouter):

@@ -75,6 +75,7 @@ def test_what_a_teacher_in_the_step_takes() -> None:
     assert facts["teacher_gib_placement_host"].endswith("during its pass and 0.145 between passes")
     # 128 sequences over two data-parallel and four tensor-parallel ranks, 2,048 bf16 values for each position.
     assert facts["teacher_states_gib"].startswith(f"{128 * 32768 / 8 * 2048 * 2 / 2**30:.3g} a step")
+    assert "at most" not in facts["teacher_states_gib"]  # packs may be uneven over the ranks
     assert not any(key.startswith(("teacher_gib", "teacher_states")) for key in derived(make(**PAPER), 8, SHAPE))
 
 

@@ -153,6 +153,29 @@ def test_extreme_logits_stay_finite() -> None:
         assert all(abs(value) < float("inf") for value in sums.values())
 
 
+@pytest.mark.parametrize("cross_entropy", [0.0, 0.5])
+@pytest.mark.parametrize("temperature", [0.1, 10.0])
+def test_wide_logits_at_other_temperatures(temperature: float, cross_entropy: float) -> None:
+    """Probabilities that are 0 in fp32 at temperature 1 are not at 10."""
+    case = Case()
+    case.hidden, case.teacher = case.hidden * 25, (case.teacher[0] * 25, case.teacher[1])
+    objective = Objective(cross_entropy=cross_entropy, forward_kl=0.7, reverse_kl=1.3, temperature=temperature)
+    _, _, wanted_hidden, wanted_weight = expected_gradients(case, objective, None, 1.0)
+    loss, _, hidden, weight = run(case, objective)
+    loss.backward()
+    for found, wanted in ((hidden.grad, wanted_hidden), (weight.grad, wanted_weight)):
+        assert (found.double() - wanted).norm() < (2e-5 if temperature > 1 else 2e-4) * wanted.norm()
+
+
+def test_a_cap_without_a_rollout_changes_nothing() -> None:
+    for name in ("all", "sampled and all"):
+        case, objective = Case(), MIXTURES[name]
+        loss, sums, _, _ = run(case, objective)
+        capped, capped_sums, _, _ = run(case, replace(objective, importance_cap=0.5))
+        assert name != "all" or (capped == loss and capped_sums == sums)
+        assert capped_sums["importance"] == N and capped_sums["capped"] == 0
+
+
 def test_agrees_with_the_divergence_of_given_logits() -> None:
     case = Case()
     logits, teacher = case.hidden @ case.weight.t(), case.teacher[0] @ case.teacher[1].t()

@@ -29,6 +29,7 @@ from megatron_zeda.zero_experts import (
     router_statistics,
     unsupported_settings,
 )
+from megatron_zeda.zero_experts.router import renormalized
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -132,6 +133,16 @@ def test_what_is_dropped_is_not_computed_and_is_counted() -> None:
     layer.router.beta = 0.0
     layer(hidden)
     assert rows[1] == probs_TK.numel()
+
+
+def test_tokens_of_zero_experts_only_get_weights_of_0() -> None:
+    """Whatever the sum of a row is: a scaling factor of 8 made the quotient infinite once."""
+    probs_TG = torch.tensor([[0.0, 3.0, 5.0], [2.0, 0.0, 6.0], [1e-40, 0.0, 8.0]], requires_grad=True)
+    kept_TG = torch.tensor([[True, False, False]]).expand(3, -1)
+    weights_TG = renormalized(probs_TG, kept_TG)
+    assert torch.equal(weights_TG[:2], torch.tensor([[0.0, 0.0, 0.0], [8.0, 0.0, 0.0]])) and weights_TG.isfinite().all()
+    weights_TG.sum().backward()
+    assert probs_TG.grad is not None and probs_TG.grad.isfinite().all()
 
 
 def test_beta_is_a_quantile_of_the_ratios() -> None:
