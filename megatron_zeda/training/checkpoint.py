@@ -265,6 +265,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
             if first:
                 _begin(partial)
         state = _model_state(chunks)
+        allocate_adam_states(optimizer)  # those of a run whose steps were all skipped so far
         count_steps_without_parameters(optimizer)
         state["optimizer"] = only_data(optimizer.sharded_state_dict(dict(state), metadata=dict(METADATA)))
         state |= {
@@ -323,14 +324,21 @@ def _finish(config: Config, partial: Path, final: Path, progress: Progress) -> N
     (partial / "zeda_manifest.json").write_text(text, encoding="utf-8")
     write_hf_folder(config, source / megatron_io.HF_FOLDER)
     write_atomically(config.save_dir / "zeda_manifest.json", text)
+    doomed = []
     if final.exists():  # written, but the run was killed before it became the latest
-        shutil.rmtree(final)
+        doomed.append(_hide(final))
     os.replace(partial, final)
     megatron_io.write_latest_iteration(config.save_dir, progress.iteration)
-    for old in _superseded(config, progress.iteration):
-        doomed = old.with_name(f".{old.name}.deleted")
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+    doomed += [_hide(old) for old in _superseded(config, progress.iteration)]
+    for folder in doomed:
+        shutil.rmtree(folder)
+
+
+def _hide(folder: Path) -> Path:
+    """Make a folder absent at once; removing its files takes long."""
+    hidden = folder.with_name(f".{folder.name}.deleted")
+    os.replace(folder, hidden)
+    return hidden
 
 
 def write_hf_folder(config: Config, source: Path) -> None:

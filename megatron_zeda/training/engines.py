@@ -14,16 +14,23 @@ from megatron_zeda.conversion.megatron_io import HF_FOLDER
 from megatron_zeda.data import BatchBuilder
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.rollout.engine import RolloutEngine
+from megatron_zeda.rollout.first_rank import from_first
 from megatron_zeda.rollout.megatron_engine import MegatronEngine
 from megatron_zeda.rollout.openai_engine import OpenAIEngine
 from megatron_zeda.rollout.weight_sync import WeightSync, export_weights
 from megatron_zeda.training import checkpoint
-from megatron_zeda.training.on_policy import PromptSet, Rollouts, from_first
+from megatron_zeda.training.on_policy import PromptSet, Rollouts
 from megatron_zeda.training.rollout_files import steps_of
 
 
 def build_rollouts(
-    config: Config, prompts: PromptSet, builder: BatchBuilder, chunks: list[Any], *, stopping: Callable[[], bool]
+    config: Config,
+    prompts: PromptSet,
+    builder: BatchBuilder,
+    chunks: list[Any],
+    train_iters: int,
+    *,
+    stopping: Callable[[], bool],
 ) -> Rollouts:
     """The rollouts of a run with the engine that ``rollout.engine`` names; a collective call.
 
@@ -32,6 +39,7 @@ def build_rollouts(
         prompts: what is asked.
         builder: makes batches.
         chunks: the student's model chunks.
+        train_iters: steps of the whole run.
         stopping: whether this rank wants to stop.
 
     Raises:
@@ -46,9 +54,10 @@ def build_rollouts(
             batch_size=rollout.batch_size,
             record_routing=rollout.routing_replay,
         )
-        return Rollouts(config, prompts, builder, engine, stopping=stopping)
+        return Rollouts(config, prompts, builder, engine, train_iters=train_iters, stopping=stopping)
     server = _server(config, prompts)
-    return Rollouts(config, prompts, builder, server, begin=_sync(config, server, chunks), stopping=stopping)
+    begin = _sync(config, server, chunks)
+    return Rollouts(config, prompts, builder, server, train_iters=train_iters, begin=begin, stopping=stopping)
 
 
 def _server(config: Config, prompts: PromptSet) -> Any:

@@ -238,13 +238,18 @@ def _loop(
     if progress.iteration == 0 and held_out is not None:
         metrics.say(banner.validation_line(0, _validate(student, held_out)))
     objective = setup.build_objective(config)
-    next_batch = _batches(config, student, data, stop)
+    next_batch = _batches(config, student, data, train_iters, stop)
+    saved = progress.iteration
+    # Without a fixture the first responses are one, of whichever step. A student with updates was checked before them.
+    gated = held_out is not None or data.prompts is None or progress.skipped_steps < progress.iteration
+    empty_in_a_row = 0
     while progress.iteration < train_iters:
         started = time.perf_counter()
         try:
             batch, counts = next_batch()
         except Interrupted:
-            metrics.say(f"step {progress.iteration}: saved {_save(config, student)}")
+            if progress.iteration > saved:  # else the checkpoint, or the beginning, is what there is to go on from
+                metrics.say(f"step {progress.iteration}: saved {_save(config, student)}")
             metrics.say(_stopping_line(progress, stop))
             return
         learning_rate = float(student.optimizer.param_groups[0]["lr"])
@@ -252,8 +257,9 @@ def _loop(
             result = no_step(stop=stop.requested())
         else:
             states = None if teacher is None else teacher.states(batch)
-            if progress.iteration == 0 and held_out is None and states is not None and counts is not None:
-                metrics.say(_gate(config, student, states, batch))
+            if teacher is not None and states is not None and not gated:
+                metrics.say(_gate(config, student, _in_student_precision(config, teacher, batch, states), batch))
+                gated = True
             result = train_step(
                 student.chunks,
                 student.optimizer,
@@ -274,6 +280,7 @@ def _loop(
         if result.updated:
             control_weight(config, student.chunks, progress, statistics.skip_rate)
         progress.skipped_in_a_row = 0 if result.updated else progress.skipped_in_a_row + 1
+        empty_in_a_row = 0 if result.updated else empty_in_a_row + (batch is None)
 
         tokens = 0 if batch is None else batch.tokens
         values = _step_values(config, progress, result, statistics, learning_rate, tokens / seconds)
@@ -288,20 +295,43 @@ def _loop(
             values["validation"] = asdict(outcome)
             metrics.say(banner.validation_line(progress.iteration, outcome))
         metrics.step(values)
+        if batch is None and counts is not None:
+            metrics.say(f"step {progress.iteration}: nothing to train on: {counts.summary()}")
 
         if progress.skipped_in_a_row >= config.train.max_skipped_steps:
-            raise ZedaError(
-                f"{progress.skipped_in_a_row} steps in a row without a finite loss and gradient",
-                where=f"step {progress.iteration}",
-                fix="lower optimizer.lr, and look at the data of these steps; the last checkpoint is intact",
-            )
+            raise _without_updates(progress, empty_in_a_row, counts)
         ending = result.stop or progress.iteration == train_iters
         if ending or progress.iteration % config.checkpoint.save_interval == 0:
             folder = _save(config, student)
             metrics.say(f"step {progress.iteration}: saved {folder}")
+            saved = progress.iteration
         if result.stop:
             metrics.say(_stopping_line(progress, stop))
             return
+
+
+def _in_student_precision(
+    config: Config, teacher: FrozenTeacher, batch: GlobalBatch, states: TeacherStates
+) -> TeacherStates:
+    """The teacher's states for the gate, which would take the noise of FP8 on one side for a difference."""
+    student_fp8 = config.model.fp8 is not None
+    return states if teacher.fp8 == student_fp8 else teacher.states(batch, fp8=student_fp8)
+
+
+def _without_updates(progress: Progress, empty: int, counts: Counts | None) -> ZedaError:
+    """Why a run gives up: ``empty`` of the last steps had nothing to train on, the others were not finite."""
+    what, fixes = [], []
+    if empty < progress.skipped_in_a_row:
+        what.append(f"{progress.skipped_in_a_row - empty} without a finite loss and gradient")
+        fixes.append("lower optimizer.lr, and look at the data of these steps")
+    if empty and counts is not None:
+        what.append(f"{empty} with nothing to train on (the latest responses: {counts.summary()})")
+        fixes.append(counts.remedy())
+    return ZedaError(
+        f"{progress.skipped_in_a_row} steps in a row changed nothing: {', '.join(what)}",
+        where=f"step {progress.iteration}",
+        fix=f"{'; '.join(fixes)}; the last checkpoint is intact",
+    )
 
 
 def _stopping_line(progress: Progress, stop: StopRequest) -> str:
@@ -310,14 +340,14 @@ def _stopping_line(progress: Progress, stop: StopRequest) -> str:
 
 
 def _batches(
-    config: Config, student: _Student, data: setup.Data, stop: StopRequest
+    config: Config, student: _Student, data: setup.Data, train_iters: int, stop: StopRequest
 ) -> Callable[[], tuple[GlobalBatch | None, Counts | None]]:
     """What gives the batch of the next step: in stage 1 the data, in stage 2 the student's own responses."""
     progress = student.progress
     if data.prompts is None:
         batches = training_batches(data.train, seed=config.dataset.seed, consumed_samples=progress.consumed_samples)
         return lambda: (next(batches), None)
-    rollouts = build_rollouts(config, data.prompts, data.train, student.chunks, stopping=stop.requested)
+    rollouts = build_rollouts(config, data.prompts, data.train, student.chunks, train_iters, stopping=stop.requested)
     progress.weights = progress.weights or first_weights(config)
 
     def step() -> tuple[GlobalBatch | None, Counts]:

@@ -26,6 +26,7 @@ from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.rollout.codec import Codec
 from megatron_zeda.rollout.engine import Request, Response, RolloutEngine, Sampling
 from megatron_zeda.rollout.files import Prompt, Rollout, read_prompts
+from megatron_zeda.rollout.first_rank import from_first, on_first
 from megatron_zeda.training.rollout_files import StepFile, steps_of, weights_version
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ class Counts:
         reused: found in the run's folder instead of generated.
         staleness: steps between the oldest weights that a response in the batch was sampled with and this step.
         seconds: spent on generating.
+        error: why the first of the failed ones could not be had.
     """
 
     responses: int = 0
@@ -135,6 +137,26 @@ class Counts:
     reused: int = 0
     staleness: int = 0
     seconds: float = 0.0
+    error: str | None = None
+
+    def summary(self) -> str:
+        """What was wrong with the responses, for the user."""
+        wrong = [f"{getattr(self, name)} {name.replace('_', ' ')}" for name in _REMEDIES if getattr(self, name)]
+        reason = f" ({self.error})" if self.error else ""
+        return f"{self.responses} responses, {', '.join(wrong) or 'none dropped'}{reason}"
+
+    def remedy(self) -> str:
+        """What to do about the most frequent fault."""
+        return _REMEDIES[max(_REMEDIES, key=lambda name: int(getattr(self, name)))]
+
+
+# What to do about responses that are not trained on; of equally frequent faults the first one is named.
+_REMEDIES = {
+    "failed": "look at the log of the rollout engine, and at rollout.timeout_minutes",
+    "too_old": "set rollout.reload, or raise rollout.max_staleness",
+    "empty": "look at the prompts and at rollout.stop_token_ids",
+    "cut": "raise rollout.max_new_tokens and model.seq_length, or set rollout.cut_responses=train",
+}
 
 
 def to_samples(
@@ -158,6 +180,7 @@ def to_samples(
     for number, (prompt, response) in enumerate(responses):
         if response.finish_reason == "error":
             counts.failed += 1
+            counts.error = counts.error or response.error
             continue
         counts.tokens += len(response.ids)
         outside = [i for i in response.ids if not 0 <= i < vocab_size]
@@ -272,6 +295,7 @@ class Rollouts:
         builder: BatchBuilder,
         engine: RolloutEngine,
         *,
+        train_iters: int,
         begin: Callable[[str], None] | None = None,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -280,12 +304,13 @@ class Rollouts:
         prompts: what is asked.
         builder: makes batches.
         engine: gives responses. ``collective`` (default True) says that all ranks call it; else the first one does.
+        train_iters: steps of the whole run: nothing is generated for later ones.
         begin: called on all ranks before responses are generated, with the version of the student's weights.
         stopping: whether this rank wants to stop.
         """
         rollout = config.rollout
         self.config, self.prompts, self.builder, self.engine = config, prompts, builder, engine
-        self._begin, self._stopping = begin, stopping
+        self._train_iters, self._begin, self._stopping = train_iters, begin, stopping
         self.order = PromptOrder(
             len(prompts.ids), samples_per_prompt=rollout.samples_per_prompt, seed=config.dataset.seed
         )
@@ -300,7 +325,6 @@ class Rollouts:
         self._ahead: dict[int, _Collected] = {}  # of steps to come
         self._first = dist.get_rank() == 0
         self._collective = getattr(engine, "collective", True)
-        self.last_error: str | None = None
 
     def step(self, state: State) -> tuple[GlobalBatch | None, Counts]:
         """The batch of the next step; a collective call.
@@ -324,16 +348,13 @@ class Rollouts:
             where=f"step {state.iteration + 1}",
         )
         counts.reused, counts.seconds = collected.reused, round(collected.seconds, 3)
-        self.last_error = next((response.error for _, response in pairs if response.error), None)
         return to_batch(samples, self.builder), counts
 
     def _collect(self, state: State) -> None:
         """Get the responses of this step and of those to come that are generated with it."""
         together, size = self.config.rollout.steps_per_rollout, self.config.train.global_batch_size
         first = state.iteration
-        last = first - first % together + together
-        if self.config.train.train_iters is not None:
-            last = min(last, self.config.train.train_iters)
+        last = min(first - first % together + together, self._train_iters)
         # A run that was stopped between two rollouts uses the rest of the older one.
         resumed = first % together != 0
         version = state.rollout_version if resumed else self._version(state)
@@ -341,7 +362,7 @@ class Rollouts:
         for step in range(first, last):
             collected = _Collected(self.order.rows(state.consumed_samples + (step - first) * size, size))
             file = StepFile(self.config.run_dir, step + 1) if self._first else None
-            if not self._reuse(collected, file, version):
+            if not self._reuse(collected, file, version, as_it_is=resumed):
                 if resumed:  # it is gone
                     resumed, version = False, self._version(state)
                     collected.responses.clear()
@@ -364,8 +385,12 @@ class Rollouts:
         if file is not None:
             file.begin([])
 
-    def _reuse(self, collected: _Collected, file: StepFile | None, version: str) -> bool:
-        """Take what an earlier start of the run has generated; whether nothing else is to come."""
+    def _reuse(self, collected: _Collected, file: StepFile | None, version: str, *, as_it_is: bool) -> bool:
+        """Take what an earlier start of the run has generated; whether nothing else is to come.
+
+        Responses that could not be had are asked for again, unless a finished file is taken ``as_it_is``: the weights
+        for the rest of it are gone.
+        """
         found: tuple[dict[int, Rollout], bool] = ({}, False)
         if file is not None:
             expected = {item.row: self._record(item) for item in collected.wanted}
@@ -385,7 +410,7 @@ class Rollouts:
             # Its routing is in no file: what is to be replayed is generated again.
             if not self.config.rollout.routing_replay:
                 found = file.read(fits)
-        rollouts, complete = from_first(found)
+        rollouts, finished = from_first(found)
         for row, rollout in rollouts.items():
             collected.responses[row] = Response(
                 ids=rollout.response_ids,
@@ -394,21 +419,24 @@ class Rollouts:
                 weights_version=steps_of(version),
             )
         collected.reused = len(rollouts)
-        if complete:  # what is not there could not be had
+        complete = len(rollouts) == len(collected.wanted)
+        if finished and rollouts and as_it_is and not complete:
+            complete = True
             for item in collected.wanted:
-                collected.responses.setdefault(item.row, Response(finish_reason="error"))
-        elif file is not None:
+                lost = Response(finish_reason="error", error="an earlier start of the run did not get it")
+                collected.responses.setdefault(item.row, lost)
+        if file is not None and not (complete and finished):
             file.begin(rollouts.values())
+            if complete:
+                file.finish()
         return complete
 
     def _generate(self, collected: _Collected, file: StepFile | None, version: str) -> None:
         """Ask the engine for what is not there yet, group by group."""
         started = time.perf_counter()
         missing = [item for item in collected.wanted if item.row not in collected.responses]
-        group = len(missing)
-        if self._collective:
-            group = self.config.rollout.batch_size * self.builder.layout.data_parallel_size
-        for begin in range(0, len(missing), max(group, 1)):
+        group = self.config.rollout.batch_size * (self.builder.layout.data_parallel_size if self._collective else 1)
+        for begin in range(0, len(missing), group):
             if _any_rank(self._stopping()):
                 raise Interrupted
             items = missing[begin : begin + group]
@@ -426,16 +454,7 @@ class Rollouts:
     def _answer(self, requests: list[Request]) -> list[Response]:
         if self._collective:
             return self.engine.generate(requests, self.sampling)
-        answer: tuple[list[Response], ZedaError | None] = ([], None)
-        if self._first:
-            try:
-                answer = (self.engine.generate(requests, self.sampling), None)
-            except ZedaError as error:
-                answer = ([], error)
-        responses, failure = from_first(answer)
-        if failure is not None:
-            raise failure
-        return responses
+        return on_first(lambda: self.engine.generate(requests, self.sampling))
 
     def _lines(self, items: Sequence[Wanted], responses: Sequence[Response], version: str) -> list[Rollout]:
         """What is written of the responses that there are."""
@@ -472,15 +491,6 @@ class Rollouts:
 def _other(response: Response) -> str:
     """The version of weights that were not asked for: a server has not loaded the new ones yet."""
     return weights_version(response.weights_version or 0, "older")
-
-
-def from_first(value: Any) -> Any:
-    """The first rank's value, on every rank; a collective call."""
-    if dist.get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _any_rank(mine: bool) -> bool:

@@ -31,14 +31,10 @@ def _torch_adams(optimizer: Any) -> Iterator[tuple[int, Any, torch.optim.AdamW]]
 
 
 def allocate_adam_states(optimizer: Any) -> None:
-    """Give torch's AdamW the state it would get in its first step.
-
-    States in host memory come into being by a step with random gradients (upstream's way). What that step does to the
-    parameters is overwritten by what is loaded.
-    """
+    """Give Adam the state it would get in its first step, where it has none: to be loaded into, or to be saved."""
     for offloaded in _offloaded_adams(optimizer):
         if not offloaded.state:
-            offloaded.dummy_step()
+            _allocate_offloaded(offloaded)
     for _, _, inner in _torch_adams(optimizer):
         for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
             if not inner.state[parameter]:
@@ -48,6 +44,23 @@ def allocate_adam_states(optimizer: Any) -> None:
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
     count_steps_without_parameters(optimizer)
+
+
+def _allocate_offloaded(offloaded: Any) -> None:
+    """States in host memory come into being by a step with random gradients (upstream's way), here without effect."""
+    rates = [group["lr"] for group in offloaded.param_groups]
+    for group in offloaded.param_groups:
+        group["lr"] = 0.0
+    offloaded.dummy_step()
+    for group, rate in zip(offloaded.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for part in (offloaded, *offloaded.sub_optimizers):
+        for group in part.param_groups:
+            group.pop("step", None)
+    for values in offloaded.state.values():
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            if name in values:
+                values[name].zero_()
 
 
 def count_steps_without_parameters(optimizer: Any) -> None:

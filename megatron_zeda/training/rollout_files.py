@@ -65,7 +65,7 @@ class StepFile:
         self.partial = self.path.with_name(self.path.name + ".partial")
 
     def read(self, fits: Callable[[Rollout], bool]) -> tuple[dict[int, Rollout], bool]:
-        """What an earlier start of this run has left that fits, by row, and whether that is all there will be.
+        """What an earlier start of this run has left that fits, by row, and whether it has finished the file.
 
         Torn lines and whatever does not fit are passed over: :meth:`begin` removes them.
         """
@@ -101,6 +101,6 @@ class StepFile:
             file.write("".join(f"{rollout.to_json()}\n" for rollout in rollouts))
 
     def finish(self) -> None:
-        """Every response of the step is there, or could not be had."""
+        """Every response of the step was asked for, and lies there if it could be had."""
         with disk_errors(self.path):
             os.replace(self.partial, self.path)

@@ -222,7 +222,7 @@ class Run:
         prompts = [Prompt(f"p{i}", f"prompt {i}", None, "task", f"f:{i}") for i in range(4)]
         codec: Any = SimpleNamespace(text=lambda response: " ".join(map(str, response.ids)))
         chosen = PromptSet(prompts, [[30 + i, 31 + i] for i in range(4)], codec, VOCABULARY)
-        return Rollouts(config, chosen, builder(), engine, **arguments)
+        return Rollouts(config, chosen, builder(), engine, **{"train_iters": 100, **arguments})
 
     def rows(self, step: int) -> list[int]:
         lines = read_rollouts(self.folder / f"rollouts/step_{step:07d}.jsonl")
@@ -271,11 +271,45 @@ def test_a_run_killed_while_it_generates_keeps_what_it_has(run: Run) -> None:
 
 
 def test_responses_that_could_not_be_had_are_counted_and_not_written(run: Run) -> None:
-    batch, counts = run.start(Engine(refuse=frozenset({1, 2}))).step(State())
+    _, counts = run.start(Engine(refuse=frozenset({1, 2}))).step(State())
     assert (counts.failed, counts.dropped, counts.trained) == (2, 2, 4) and run.rows(1) == [0, 3, 4, 5]
+    assert counts.summary() == "6 responses, 2 failed (no answer)" and "rollout engine" in counts.remedy()
+    # Another start asks for them again, whoever answers now.
     again = Engine()
-    same, counts = run.start(again).step(State())
-    assert (again.calls, counts.failed, counts.reused) == ([], 2, 4) and tokens_of(same) == tokens_of(batch)
+    batch, counts = run.start(again).step(State())
+    assert (again.calls, counts.failed, counts.reused) == ([[1, 2]], 0, 4) and sorted(run.rows(1)) == list(range(6))
+    (run.folder / "rollouts/step_0000001.jsonl").unlink()
+    assert tokens_of(batch) == tokens_of(run.start(Engine()).step(State())[0])
+
+
+def test_a_step_without_any_response_is_not_complete_for_ever(run: Run) -> None:
+    everything = frozenset(range(6))
+    _, counts = run.start(Engine(refuse=everything)).step(State())
+    assert counts.failed == 6
+    other, state = Engine(), State(weights="other")
+    other.name = "another engine"
+    batch, counts = run.start(other).step(state)
+    assert sum(map(len, other.calls)) == 6 and counts.trained == 6 and batch is not None
+
+
+def test_what_weights_that_are_gone_could_not_answer_is_not_asked_of_others(run: Run) -> None:
+    run.settings = {"steps_per_rollout": 2, "max_staleness": 1}
+    state = State()
+    run.start(Engine(refuse=frozenset({7}))).step(state)
+    resumed = state.after(1)
+    resumed.rollout_version = state.rollout_version
+    engine = Engine()
+    _, counts = run.start(engine).step(resumed)
+    assert engine.calls == [] and (counts.failed, counts.reused, counts.staleness) == (1, 5, 1)
+
+
+def test_nothing_is_generated_for_steps_after_the_last(run: Run) -> None:
+    run.settings = {"steps_per_rollout": 4, "max_staleness": 3}
+    engine = Engine()
+    rollouts = run.start(engine, train_iters=3)
+    rollouts.config.train.train_iters = None  # train_epochs
+    rollouts.step(State())
+    assert sum(map(len, engine.calls)) == 18
 
 
 @pytest.mark.parametrize("change", ["weights", "sampling", "engine", "prompt"])
@@ -342,7 +376,7 @@ def test_a_server_that_is_never_told_answers_with_its_first_weights(run: Run) ->
     rollouts = run.start(engine)
     ages = [rollouts.step(State().after(step))[1] for step in range(4)]
     assert [counts.staleness for counts in ages] == [0, 1, 2, 0] and [c.too_old for c in ages] == [0, 0, 0, 6]
-    assert engine.calls[0] == [0, 1, 2, 3, 4, 5]  # it distributes its requests by itself
+    assert engine.calls[:2] == [[0, 1, 2, 3], [4, 5]]  # what is done is on disk before the rest is asked for
     assert json.loads((run.folder / "rollouts/step_0000004.jsonl").read_text().splitlines()[0])["weights_version"] == (
         "step-0000000-first"
     )
