@@ -59,7 +59,9 @@ class Metrics:
         self._bar.update(1)
         if values["step"] % self.log_interval:
             return
-        if self._bar.disable:
+        if "rollout" in values and not values["rollout"]["trained"]:
+            pass  # the loop says why there was nothing to train on
+        elif self._bar.disable:
             self.say(_line(values, self._last_step))
         else:
             self._bar.set_postfix_str(f"{_terms(values)}, skip {100 * values['skip_rate']:.1f} %")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -18,12 +19,14 @@ from training_runs import make_run
 
 from megatron_zeda.config import Config
 from megatron_zeda.conversion import megatron_to_hf, verify_checkpoint
+from megatron_zeda.distillation import FrozenTeacher
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.rollout.engine import Request, Response, Sampling
 from megatron_zeda.rollout.files import Rollout, read_rollouts
 from megatron_zeda.rollout.hf_folder import load_model
 from megatron_zeda.rollout.megatron_engine import MegatronEngine
-from megatron_zeda.training import train
+from megatron_zeda.training import checkpoint, train
+from megatron_zeda.training import teacher as teachers
 
 pytestmark = pytest.mark.slow  # whole training runs: `make test`, not `make check`
 
@@ -260,3 +263,144 @@ def test_a_server_answers_with_the_weights_of_the_step(root: Path) -> None:
     first, second, third = runs[None]
     assert first["logprob_gap_max"] < 1e-4 < 1e-3 < second["logprob_gap_max"] and second["staleness"] == 1
     assert third["too_old"] == 8 and third["trained"] == 0
+
+
+# ---- what happens when things go wrong -------------------------------------------------------------------------------
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Ask the next run to stop while the engine answers for this time."""
+    generate, calls = MegatronEngine.generate, count(1)
+
+    def generating(self: MegatronEngine, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return generate(self, requests, sampling)
+
+    monkeypatch.setattr(MegatronEngine, "generate", generating)
+
+
+def test_a_run_that_is_asked_to_stop_in_its_first_rollout(
+    root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_stage_2(root, "stopped-early")
+    config.checkpoint.save_interval = 2
+    stopped_at(monkeypatch, 1)
+    assert train(config) == 0
+    assert "stopping after step 0: SIGTERM" in capfd.readouterr().out
+    assert not config.save_dir.exists() and len(partial_of(config, 1)) == 4
+    monkeypatch.undo()
+    assert train(config) == 0
+    assert lines_of(config) == lines_of(whole)
+
+
+def partial_of(config: Config, step: int) -> list[str]:
+    return (config.run_dir / f"rollouts/step_{step:07d}.jsonl.partial").read_text().splitlines()
+
+
+def test_a_stop_in_a_rollout_leaves_the_checkpoint_before_it_alone(
+    root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_stage_2(root, "stopped-after-saving")
+    config.checkpoint.save_interval = 2
+    stopped_at(monkeypatch, 5)  # two calls a step: in the rollout of step 3, just after a checkpoint
+    saved = list[int]()
+    save = checkpoint.save_checkpoint
+
+    def saving(config: Config, *state: Any) -> Path:
+        saved.append(state[-1].iteration)
+        return save(config, *state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", saving)
+    assert train(config) == 0
+    assert saved == [2] and len(partial_of(config, 3)) == 4
+    monkeypatch.undo()
+    # One step later there is something to save.
+    stopped_at(monkeypatch, 2)  # the rest of step 3, and half of step 4
+    assert train(config) == 0
+    assert (config.save_dir / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
+    monkeypatch.undo()
+    assert train(config) == 0
+    assert lines_of(config) == lines_of(whole)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Let the engine fail so many times."""
+    generate, call = MegatronEngine.generate, count()
+
+    def answer(self: MegatronEngine, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+        responses = generate(self, requests, sampling)
+        if next(call) < calls:
+            for response in responses:
+                response.fail("server hiccup")
+        return responses
+
+    monkeypatch.setattr(MegatronEngine, "generate", answer)
+
+
+def test_a_step_without_responses_is_told_saved_and_over_with_the_next_start(
+    root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_stage_2(root, "hiccup")
+    config.checkpoint.save_interval, config.train.max_skipped_steps = 1, 2
+    failing(monkeypatch, 100)
+    with pytest.raises(ZedaError) as caught:
+        train(config)
+    told = "2 with nothing to train on (the latest responses: 8 responses, 8 failed (server hiccup))"
+    assert told in str(caught.value) and "rollout engine" in str(caught.value) and "lr" not in str(caught.value)
+    out = capfd.readouterr().out
+    assert "step 1: nothing to train on: 8 responses, 8 failed (server hiccup)" in out and "loss nan" not in out
+    assert [line["rollout"]["error"] for line in lines_of(config)] == ["server hiccup"] * 2
+    # The checkpoint of a student without any update is one, and the step it lost is asked for again.
+    assert (config.save_dir / "latest_checkpointed_iteration.txt").read_text().strip() == "1"
+    monkeypatch.undo()
+    assert train(config) == 0
+    lines = lines_of(config)
+    assert [line["rollout"]["failed"] for line in lines] == [8, 0, 0, 0] and lines[-1]["skipped_steps"] == 1
+    # Its first update is the one that an optimizer without a past makes.
+    again = make_stage_2(root, "hiccup-uninterrupted")
+    failing(monkeypatch, 2)
+    assert train(again) == 0
+    assert [line["kl_reverse"] for line in lines_of(again)] == [line["kl_reverse"] for line in lines]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_law_8_a_wrong_teacher_is_found_at_the_first_responses(
+    root: Path, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_stage_2(root, f"wrong-teacher-{resumed}")
+    failing(monkeypatch, 2)
+    build = teachers.build
+
+    def wrong(*arguments: Any) -> Any:
+        teacher = build(*arguments)
+        assert teacher is not None
+        for weight in teacher.chunks[0].parameters():
+            weight.data.mul_(1.1)
+        return teacher
+
+    if resumed:
+        config.checkpoint.save_interval, config.train.train_iters = 1, 1
+        assert train(config) == 0
+        config.train.train_iters = 2
+    monkeypatch.setattr(teachers, "build", wrong)
+    with pytest.raises(ZedaError, match="the student is not the teacher"):
+        train(config)
+    assert [line["rollout"]["trained"] for line in lines_of(config)] == [0]
+
+
+def test_the_gate_compares_in_the_students_precision(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the teacher computes in FP8 and the student does not, which needs a GPU: here only what it is asked for."""
+    config = make_stage_2(root, "gate-precision")
+    config.train.train_iters = 2
+    asked = list[bool | None]()
+    states = FrozenTeacher.states
+
+    def asking(self: FrozenTeacher, batch: Any, *, fp8: bool | None = None) -> Any:
+        asked.append(fp8)
+        self.fp8 = True  # after the first call: computed without it
+        return states(self, batch, fp8=False)
+
+    monkeypatch.setattr(FrozenTeacher, "states", asking)
+    assert train(config) == 0
+    assert asked == [None, False, None]
