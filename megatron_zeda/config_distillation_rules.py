@@ -27,6 +27,13 @@ def _terms(config: Config) -> Iterator[Problem]:
             f"not given, and distillation.{name} is {weight:g}",
             "name the Megatron folder of the original model",
         )
+    if stage == 2 and not config.distils and config.cross_entropy > 0:
+        yield Problem(
+            "stage_2_objective",
+            ("distillation.reverse_kl", "distillation.forward_kl", "train.stage"),
+            "0 in stage 2, whose responses are the student's own: without a KL nothing of the teacher is in them",
+            "use 1.0",
+        )
     if settings.estimator != "sampled" or config.reverse_kl == 0:
         return
     if stage == 1:
@@ -55,6 +62,7 @@ def _without_effect(config: Config) -> Iterator[Problem]:
         ("topk", reverse and settings.estimator == "topk", "a reverse KL with estimator topk"),
         ("clip_ratio_low", reverse and settings.estimator == "sampled", "a reverse KL with estimator sampled"),
         ("clip_ratio_high", reverse and settings.estimator == "sampled", "a reverse KL with estimator sampled"),
+        ("importance_cap", config.train.stage == 2, "responses that the student sampled (train.stage=2)"),
     ]
     for name, used, needed in needs:
         value = getattr(settings, name)

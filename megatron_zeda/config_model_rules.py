@@ -18,6 +18,7 @@ from megatron_zeda.config_refusals import (
     SET_BY_SOME_FAMILY,
     Problem,
 )
+from megatron_zeda.config_server_rules import server_model_problems
 from megatron_zeda.errors import InputError
 
 
@@ -130,6 +131,8 @@ def shape_problems(config: Config, hf_config: dict[str, Any]) -> Iterator[Proble
             "lower it",
         )
     yield from _zero_expert_shape(config, shape["num_moe_experts"], num_zero)
+    if num_zero:
+        yield from server_model_problems(config, hf_config)
     yield from model_override_problems(config, shape)
     yield from joint_problems(config, hf_config, shape)
 

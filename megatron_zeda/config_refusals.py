@@ -72,6 +72,11 @@ RULES: dict[str, Rule] = {
     "teacher_needed": Rule(
         ("teacher.checkpoint",), "given when a KL is in the objective", "name the Megatron folder of the original model"
     ),
+    "stage_2_objective": Rule(
+        ("distillation.reverse_kl",),
+        "in stage 2 a KL is in the objective: the student's own responses teach it nothing else",
+        "use 1.0",
+    ),
     "sampled": Rule(
         ("distillation.estimator", "distillation.temperature"),
         "`sampled` in stage 2 only, with temperature 1: it needs tokens that the student sampled as it is",
@@ -85,9 +90,10 @@ RULES: dict[str, Rule] = {
             "distillation.topk",
             "distillation.clip_ratio_low",
             "distillation.clip_ratio_high",
+            "distillation.importance_cap",
         ),
         "given only with the term they are about: the first two with a KL, the estimator with a reverse KL, the others "
-        "with their estimator",
+        "with their estimator, the cap in stage 2",
         "remove it",
     ),
     "teacher_fp8": Rule(
@@ -250,16 +256,17 @@ RULES: dict[str, Rule] = {
             "zero_experts.balance_coeff",
             "zero_experts.logit_bias",
             "zero_experts.skip_rate_gain",
+            "zero_experts.balance_tokens",
         ),
-        "not given with the methods net and dynamic_skipping, which have no zero experts",
+        "not given with the methods net and dynamic_skipping, which have no zero experts (`balance_tokens`: with net)",
         "remove it",
     ),
     "skipping_target": Rule(
         ("zero_experts.target_skip_rate",), "given with the method dynamic_skipping", "give a share below 1 - 1/K"
     ),
     "skipping_training": Rule(
-        ("train.stage", "train.trainable"),
-        "1 and all with the method dynamic_skipping, which trains nothing",
+        ("zero_experts.method", "train.stage", "train.trainable"),
+        "stage 1 and all with the method dynamic_skipping, which trains nothing",
         "use these",
     ),
     "family": Rule(("model.hf",), "its config.json is a supported model's", "use a model of a supported family"),
@@ -321,7 +328,8 @@ RULES: dict[str, Rule] = {
     ),
     "routing_replay": Rule(
         ("rollout.routing_replay",),
-        "with `rollout.engine=megatron` only, and without the fused router, which chooses by itself",
+        "with `rollout.engine=megatron` and `steps_per_rollout=1` only (routing is in no file), and without the fused "
+        "router (first table)",
         "turn it off",
     ),
     "top_p": Rule(("rollout.top_p",), "above 0", "use a share above 0"),
@@ -346,6 +354,18 @@ RULES: dict[str, Rule] = {
         "given with engines that are servers, unless `max_staleness` lets every step use responses of the first "
         "weights",
         "use vllm or sglang",
+    ),
+    "server_url": Rule(("rollout.url",), "begins with http:// or https:// and names a host", "use http://host:port/v1"),
+    "server_reload": Rule(("rollout.reload",), "the engine's own: not sglang with engine vllm", "use vllm"),
+    "server_method": Rule(
+        ("zero_experts.method", "rollout.export_format"),
+        "one that the server's form of the weights expresses: copy none, adamoe and net only zeda",
+        "use rollout.engine=megatron",
+    ),
+    "server_dial": Rule(
+        ("zero_experts.logit_bias",),
+        "0 with a server, unless its form of the weights has a place for it: zeda, or a family with a selection bias",
+        "use 0, or rollout.export_format=zeda",
     ),
 }
 

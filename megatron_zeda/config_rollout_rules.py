@@ -89,12 +89,13 @@ def _engine(config: Config) -> Iterator[Problem]:
             f"{model.context_parallel_size} with rollout.engine megatron: a new token cannot be split",
             "use 1, or a server",
         )
-    if rollout.routing_replay and model.overrides.get("moe_router_fusion"):
+    if rollout.routing_replay and rollout.steps_per_rollout > 1:
         yield Problem(
             "routing_replay",
-            ("rollout.routing_replay", "model.overrides.moe_router_fusion"),
-            "true with moe_router_fusion, whose kernel chooses by itself",
-            "turn one of the two off",
+            ("rollout.routing_replay", "rollout.steps_per_rollout"),
+            f"true with steps_per_rollout {rollout.steps_per_rollout}: no file keeps the routing, so that a run killed "
+            "between these steps would generate the rest with newer weights",
+            "use rollout.steps_per_rollout=1, or turn it off",
         )
 
 

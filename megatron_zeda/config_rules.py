@@ -25,6 +25,7 @@ from megatron_zeda.config_model_rules import (
 from megatron_zeda.config_pipeline_rules import pipeline_problems
 from megatron_zeda.config_refusals import NOT_IN_THIS_VERSION, STATIC_METHODS, Problem
 from megatron_zeda.config_rollout_rules import rollout_problems
+from megatron_zeda.config_server_rules import server_problems
 
 
 def get(config: Config, key: str) -> Any:
@@ -60,6 +61,7 @@ def find_problems(
         *_zero_experts(config),
         *distillation_problems(config),
         *rollout_problems(config),
+        *server_problems(config),
     ]
     if hf_config is not None:
         problems += shape_problems(config, dict(hf_config))
@@ -322,6 +324,13 @@ def _zero_experts(config: Config) -> Iterator[Problem]:
                     f"{getattr(zero, name)} has no effect with method {zero.method}, which has no zero experts",
                     "remove it",
                 )
+    if zero.method == "net" and zero.balance_tokens != type(zero)().balance_tokens:
+        yield Problem(
+            "method_without_zero_experts",
+            ("zero_experts.balance_tokens", "zero_experts.method"),
+            f"{zero.balance_tokens} has no effect with method net, which skips nothing",
+            "remove it",
+        )
     if zero.method == "dynamic_skipping":
         if zero.target_skip_rate is None:
             yield Problem(

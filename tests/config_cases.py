@@ -151,6 +151,13 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
         "distillation.topk",
         "8 has no effect without a reverse KL with estimator topk",
     ),
+    ({"distillation__importance_cap": 0.5}, 1, "distillation.importance_cap", "0.5 has no effect without responses"),
+    (
+        STAGE_2 | {"distillation__reverse_kl": 0.0, "distillation__cross_entropy": 1.0},
+        1,
+        "distillation.reverse_kl",
+        "without a KL nothing of the teacher is in them",
+    ),
     ({"teacher__fp8_recipe": "blockwise"}, 1, "teacher.fp8_recipe", "blockwise has no effect with teacher.fp8 model"),
     ({"teacher__fp8": "hybrid", "model__bf16": False}, 1, "teacher.fp8", "computes in bf16; set model.bf16=true"),
     (
@@ -301,8 +308,14 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     (
         STAGE_2 | {"rollout__routing_replay": True, "model__overrides": {"moe_router_fusion": True}},
         1,
+        "model.overrides.moe_router_fusion",
+        "the fused router ignores recorded routing without a word",
+    ),
+    (
+        STAGE_2 | {"rollout__routing_replay": True, "rollout__steps_per_rollout": 2, "rollout__max_staleness": 1},
+        1,
         "rollout.routing_replay",
-        "whose kernel chooses by itself",
+        "true with steps_per_rollout 2",
     ),
     (STAGE_2 | {"rollout__top_p": 0.0}, 1, "rollout.top_p", "leaves no token"),
     (STAGE_2 | {"rollout__temperature": 0.0}, 1, "rollout.temperature", "2 greedy responses to a prompt are the same"),
@@ -315,4 +328,19 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     (SAMPLED | {"rollout__top_p": 0.9}, 1, "rollout.temperature", "use distillation.estimator=full"),
     (STAGE_2 | {"rollout__steps_per_rollout": 4}, 1, "rollout.max_staleness", "with steps_per_rollout 4"),
     (SERVER | {"rollout__reload": None}, 1, "rollout.reload", "after 1 of 10 steps its responses are too old"),
+    (
+        SERVER | {"rollout__reload": None, "train__train_iters": None, "train__train_epochs": 1},
+        1,
+        "rollout.reload",
+        "too old after one step",
+    ),
+    (SERVER | {"rollout__url": "localhost:8000"}, 1, "rollout.url", "'localhost:8000' is no address of a server"),
+    (SERVER | {"rollout__url": "http://[::1"}, 1, "rollout.url", "is no address of a server"),
+    (SERVER | {"rollout__reload": "sglang"}, 1, "rollout.reload", "whose server has no such call"),
+    (
+        SERVER | {"zero_experts__logit_bias": 0.5},
+        1,
+        "zero_experts.logit_bias",
+        "0.5 with dense-zeros: the stock",
+    ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,14 @@ from config_cases import (
     only,
 )
 
-from megatron_zeda import config_model_rules, config_pipeline_rules, config_rollout_rules, config_rules
+from megatron_zeda import (
+    config_distillation_rules,
+    config_model_rules,
+    config_pipeline_rules,
+    config_rollout_rules,
+    config_rules,
+    config_server_rules,
+)
 from megatron_zeda.config import (
     Config,
     derived,
@@ -273,6 +281,8 @@ def test_an_unknown_family_is_a_problem_of_the_model() -> None:
 
 STATIC = {key: value for key, value in SHAPE.items() if not key.startswith(("zce", "use_zce"))}
 STATIC["architectures"] = ["Qwen3MoeForCausalLM"]
+ADAMOE = SHAPE | {"zeda_renormalize": True}
+COPY = SHAPE | {"zce_types": ["copy"], "zeda_expert_type": "copy"}
 # What breaks the rules that UNFIT keeps: the change, the world size and the model's config.json.
 ALSO_UNFIT: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
     ({"model__checkpoint": None}, 1, SHAPE),
@@ -287,7 +297,44 @@ ALSO_UNFIT: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
     ({}, 1, STATIC),
     ({"zero_experts__method": "net", "zero_experts__weight": 3.0}, 1, STATIC),
     ({"zero_experts__method": "dynamic_skipping", "train__trainable": "router"}, 1, STATIC),
+    ({"zero_experts__method": "net", "zero_experts__balance_tokens": "response"}, 1, STATIC),
+    (SERVER | {"zero_experts__method": "net"}, 1, STATIC),
+    (SERVER | {"zero_experts__method": "copy"}, 1, COPY),
+    (SERVER | {"zero_experts__method": "adamoe"}, 1, ADAMOE),
 ]
+
+
+@pytest.mark.parametrize(
+    ("values", "shape", "key", "words"),
+    [
+        (SERVER | {"zero_experts__method": "net"}, STATIC, "rollout.export_format", "dense-zeros cannot express"),
+        (SERVER | {"zero_experts__method": "adamoe"}, ADAMOE, "rollout.export_format", "use zeda, or"),
+        (SERVER | {"zero_experts__method": "copy"}, COPY, "zero_experts.method", "negative weights"),
+        (
+            {"zero_experts__method": "net", "zero_experts__balance_tokens": "response"},
+            STATIC,
+            "zero_experts.balance_tokens",
+            "response has no effect with method net",
+        ),
+        (SERVER, SHAPE | {"zeda_zero_logit_bias": 0.5}, "zero_experts.logit_bias", "0.5 with dense-zeros"),
+    ],
+)
+def test_methods_and_the_dial_ask_for_a_form(
+    values: dict[str, Any], shape: dict[str, Any], key: str, words: str
+) -> None:
+    problem = only(find_problems(make(**values), world_size=1, hf_config=shape))
+    assert problem.keys[0] == key and words in str(problem)
+
+
+def test_servers_that_fit() -> None:
+    """A form that expresses the method, a family whose selection bias carries the dial, weights that stay."""
+    zeda = SERVER | {"rollout__export_format": "zeda"}
+    assert not find_problems(make(**zeda, zero_experts__method="adamoe"), world_size=1, hf_config=ADAMOE)
+    assert not find_problems(make(**zeda, zero_experts__logit_bias=0.5), world_size=1, hf_config=SHAPE)
+    stays = SERVER | {"rollout__reload": None, "rollout__max_staleness": 9}
+    assert not find_problems(make(**stays, zero_experts__logit_bias=0.5), world_size=1, hf_config=SHAPE)
+    glm = json.loads((Path(__file__).parents[2] / "examples/glm47_flash/config.json").read_text())
+    assert not find_problems(make(**SERVER, zero_experts__logit_bias=0.5), world_size=1, hf_config=glm)
 
 
 def test_every_rule_is_in_the_table_and_every_row_is_a_rule() -> None:
@@ -304,10 +351,15 @@ def test_every_rule_is_in_the_table_and_every_row_is_a_rule() -> None:
 
 def test_no_problem_is_without_a_row() -> None:
     """Read from the source, because a bad configuration for every branch is not at hand."""
-    sources = [
-        Path(module.__file__).read_text()
-        for module in (config_rules, config_model_rules, config_pipeline_rules, config_rollout_rules)
-    ]
+    modules = (
+        config_distillation_rules,
+        config_model_rules,
+        config_pipeline_rules,
+        config_rollout_rules,
+        config_rules,
+        config_server_rules,
+    )
+    sources = [Path(module.__file__).read_text() for module in modules]
     calls = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     rules = [ast.literal_eval(call.args[0]) for call in calls if ast.unparse(call.func) == "Problem"]
     assert len(rules) > 40 and set(rules) == RULES.keys()
