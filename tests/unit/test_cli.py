@@ -93,15 +93,15 @@ class TestCheck:
         assert printed["notes"] == ["teacher.checkpoint: gone does not exist: to be provided before training"]
 
     def test_problems_go_to_stderr_one_a_line(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["check", str(ready), "model.seq_lenght=3", "train.stage=2"]) == 2
+        assert cli.main(["check", str(ready), "model.seq_lenght=3", "logger.wandb_project=p"]) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         first, second = captured.err.splitlines()
         assert first.startswith("error: model.seq_lenght: ") and "did you mean seq_length?" in first
-        assert second.startswith("error: train.stage: ")
+        assert second.startswith("error: logger.wandb_project: ")
 
     def test_problems_as_json(self, ready: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["check", str(ready), "--json", "train.stage=2"]) == 2
+        assert cli.main(["check", str(ready), "--json", "logger.wandb_project=p"]) == 2
         assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
 
     def test_impossible_world_size(self, capsys: pytest.CaptureFixture[str]) -> None:
