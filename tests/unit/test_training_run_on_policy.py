@@ -312,7 +312,12 @@ def test_a_stop_in_a_rollout_leaves_the_checkpoint_before_it_alone(
         return save(config, *state)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", saving)
+    # What was written and never named is replaced, without a moment in which it is half of a checkpoint.
+    (config.save_dir / "iter_0000002" / "left").mkdir(parents=True)
+    removed, rmtree = list[str](), shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **kw: (removed.append(Path(path).name), rmtree(path, **kw)))
     assert train(config) == 0
+    assert [name for name in removed if "iter_" in name] == [".iter_0000002.deleted"]
     assert saved == [2] and len(partial_of(config, 3)) == 4
     monkeypatch.undo()
     # One step later there is something to save.
