@@ -1,7 +1,12 @@
-"""A small HTTP server that speaks OpenAI's completions protocol with vLLM's extensions, for tests of its client.
+"""A small HTTP server that speaks OpenAI's completions protocol as vLLM or SGLang does, for tests of its client.
 
 The model behind it is a ``transformers`` one; the protocol is the real one, over a real socket. Faults are switched on
-by name and wear off after so many requests.
+by name and wear off after so many requests. What the two servers do was read in their sources (vLLM 0.32, SGLang 0.5):
+
+- vLLM fills in what a request does not say from the model's ``generation_config.json``, checks ``stop_token_ids`` with
+  ``ignore_eos``, too, and keeps its prefix cache, saying so, while a request holds a part of it.
+- SGLang checks no ``stop_token_ids`` with ``ignore_eos``, names its model after the folder that it loaded, and returns
+  the version that came with the weights. (Real ones return ids only if their completions are made to.)
 """
 
 from __future__ import annotations
@@ -25,21 +30,29 @@ class CompletionsServer(ThreadingHTTPServer):
     Attributes:
         faults: name -> how many more completions it strikes: ``slow`` (no answer before the end), ``error_500``,
             ``error_400``, ``cut`` (closes the connection in the middle), ``not_json``.
+        engine: which server it is like.
+        defaults: what completions that do not say it get, as vLLM takes it from ``generation_config.json``.
+        busy: how many more times the prefix cache cannot be reset, unless running requests are begun anew.
+        version: the number of the weights that SGLang was told.
         edit: changes an answer before it is sent.
         seen: the bodies of all completions, and ``(path, body)`` of every other POST.
     """
 
     daemon_threads = True
 
-    def __init__(self, complete: Complete, *, tokenize: Callable[[str], list[int]] | None = None) -> None:
+    def __init__(
+        self, complete: Complete, *, tokenize: Callable[[str], list[int]] | None = None, engine: str = "vllm"
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.complete, self.tokenize = complete, tokenize
+        self.complete, self.tokenize, self.engine = complete, tokenize, engine
+        self.defaults: dict[str, Any] = {}
+        self.busy, self.version = 0, "default"
         self.faults: Counter[str] = Counter()
         self.ending = threading.Event()
         self.edit: Callable[[dict[str, Any]], None] = lambda answer: None
         self.seen: list[dict[str, Any]] = []
         self.posts: list[tuple[str, Any]] = []
-        self.models = [{"id": "tiny", "max_model_len": 96}]
+        self.models: list[dict[str, Any]] = [{"id": "tiny", "max_model_len": 96, "owned_by": engine}]
         self.loaded = "first"
         self.lock = threading.Lock()
 
@@ -86,13 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize" and server.tokenize is not None:
             self._send(200, {"tokens": server.tokenize(body["prompt"])})
         elif self.path == "/update_weights_from_disk":
-            server.loaded = body["model_path"]
+            server.loaded, server.version = body["model_path"], body.get("weight_version", server.version)
+            server.models = [server.models[0] | {"id": server.loaded}]
             self._send(200, {"success": True, "message": "ok"})
         elif self.path == "/collective_rpc":
             server.loaded = body["kwargs"]["weights_path"]
             self._send(200, {"results": [None]})
-        elif self.path in ("/reset_prefix_cache", "/flush_cache"):
-            self._send(200, None)
+        elif self.path.startswith("/reset_prefix_cache"):
+            done = server.busy < 1 or "reset_running_requests=true" in self.path
+            server.busy -= 1
+            self._send(200, {"success": done})
         else:
             self._send(404, {"error": {"message": "no such path"}})
 
@@ -107,8 +123,14 @@ class _Handler(BaseHTTPRequestHandler):
         if server.strikes("slow"):
             server.ending.wait()
             return
+        if server.engine == "vllm":
+            body = server.defaults | body
+        elif body.get("ignore_eos"):
+            body = body | {"stop_token_ids": []}
         with server.lock:
             answer = server.complete(body)
+        if server.engine == "sglang":
+            answer["metadata"] = {"weight_version": server.version}
         server.edit(answer)
         if server.strikes("not_json"):
             self._send(200, None, raw=b"<html>")
@@ -141,6 +163,18 @@ def serving(complete: Complete, **settings: Any) -> Iterator[CompletionsServer]:
         thread.join()
 
 
+def _narrowed(logits: torch.Tensor, sequence: list[int], body: dict[str, Any]) -> torch.Tensor:
+    """Logits ``[V]`` after what narrows the distribution; what a request does not say does nothing."""
+    penalty, top_k, min_p = body.get("repetition_penalty", 1.0), body.get("top_k", 0), body.get("min_p", 0.0)
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[sequence] = True
+    logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if top_k > 0:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < min_p * probabilities.max(), -torch.inf)
+
+
 def transformers_completions(model: Any, *, processed: bool = False, ids: str = "token_ids") -> Complete:
     """Completions of a ``transformers`` causal language model, one forward pass of the whole sequence per token.
 
@@ -157,7 +191,7 @@ def transformers_completions(model: Any, *, processed: bool = False, ids: str = 
         new: list[int] = []
         while len(new) < body["max_tokens"] and reason == "length":
             logits = model(torch.tensor([sequence])).logits[0, -1].double()
-            heated = logits / (body["temperature"] or 1.0)
+            heated = _narrowed(logits / (body["temperature"] or 1.0), sequence, body)
             if body["temperature"] == 0:
                 token = int(logits.argmax())
             else:

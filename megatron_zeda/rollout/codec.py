@@ -109,7 +109,7 @@ class Codec:
             raise InputError(
                 f"the prompt has {len(ids)} tokens",
                 where=prompt.where,
-                rule=f"fewer than {self.context}, the context (max_position_embeddings), so that a response fits",
+                rule=f"fewer than {self.context}, the context (the model's or the server's), so that a response fits",
                 fix="shorten or delete the prompt",
             )
         return ids

@@ -62,7 +62,11 @@ def pick_tokens(logits: Tensor, uniform: Tensor | None, *, temperature: float, t
 
 
 class Rows:
-    """The rows of one batch while their responses grow: draws tokens, keeps them, says which rows go on."""
+    """The rows of one batch while their responses grow: draws tokens, keeps them, says which rows go on.
+
+    Attributes:
+        positions: most tokens that a model reads for one of them: prompt and response but its last token.
+    """
 
     def __init__(
         self,
@@ -77,6 +81,7 @@ class Rows:
         self.responses = [Response() for _ in prompts]
         self._sampling = sampling
         self._limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        self.positions = max((len(p) + most - 1 for p, most in zip(prompts, self._limits, strict=True)), default=0)
         self._stop = frozenset(eos_ids if sampling.stop_token_ids is None else sampling.stop_token_ids)
         self._uniform = None
         if prompts and not sampling.greedy:

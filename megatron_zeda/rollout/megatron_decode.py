@@ -70,14 +70,15 @@ def generating(chunks: Sequence[Any]) -> Iterator[None]:
 class CachedModel:
     """A model spread over pipeline stages, and the keys and values of what it has read so far."""
 
-    def __init__(self, chunks: Sequence[Any], *, rows: int, room: int) -> None:
+    def __init__(self, chunks: Sequence[Any], *, rows: int, room: int, limit: int) -> None:
         """Args:
         chunks: this rank's, inside :func:`generating`.
         rows: B.
         room: positions to begin with.
+        limit: most positions that will ever be read.
         """
-        self.chunks = chunks
-        self._cache = StaticInferenceContext(rows, room)
+        self.chunks, self._limit = chunks, limit
+        self._cache = StaticInferenceContext(rows, min(room, limit))
         config = chunks[0].config
         self._hidden_size = config.hidden_size
         self._hidden_dtype = torch.float32 if config.fp32_residual_connection else config.params_dtype
@@ -91,7 +92,7 @@ class CachedModel:
         cache, (rows, new) = self._cache, ids_BS.shape
         start = cache.sequence_len_offset
         if start + new > cache.max_sequence_length:
-            self._move(None, max(2 * cache.max_sequence_length, start + new))
+            self._move(None, max(min(2 * cache.max_sequence_length, self._limit), start + new))
         positions_BS = torch.arange(start, start + new, device=ids_BS.device).expand_as(ids_BS)
         pipeline = parallel_state.get_pipeline_model_parallel_group()
         rank, size = pipeline.rank(), pipeline.size()
@@ -193,11 +194,12 @@ def decode(
     Returns:
         The responses, complete on every rank of this replica.
     """
-    widest, negative = _largest(together, device, len(prompts), -min(map(len, prompts), default=1 << 30))
+    shortest = min(map(len, prompts), default=1 << 30)
+    widest, negative, limit = _largest(together, device, len(prompts), -shortest, rows.positions)
     slots, read = list(range(len(prompts))), -negative  # rows of the batch still growing, and what they have read
     begin = [[*prompts[row][:read]] for row in slots] + [[0] * read] * (widest - len(slots))
     ids_BS = torch.tensor(begin, device=device)
-    model = CachedModel(chunks, rows=widest, room=read + _FIRST_ROOM)
+    model = CachedModel(chunks, rows=widest, room=read + _FIRST_ROOM, limit=limit)
     while True:
         logits_BV = model.step(ids_BS)
         if recorder is not None:

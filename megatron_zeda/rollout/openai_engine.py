@@ -5,7 +5,8 @@ Texts are not enough: a response that is tokenised again is another one. So the 
 vLLM, or log-probabilities whose tokens read ``token_id:17``. One that does neither is refused before anything is asked.
 
 Every request has a time limit and is sent again after time-outs, broken connections and the server's own failures. What
-a server cannot answer is a failed response; a server that is gone fails the rest at once.
+a server cannot answer is a failed response. A server where nobody listens, or that answered nobody all the time that
+one request was tried, is gone: the rest fails at once.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
 from math import isfinite
-from threading import Event
+from threading import Event, Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -33,14 +33,14 @@ _PROBE_SECONDS = 60.0
 _TOKEN_ID = "token_id:"
 # Servers compute in bf16, and one batch rounds unlike another.
 _SAME_LOGPROB = 0.05
+# What a server would take from the model's generation_config.json (vLLM does) if it were not said: nothing of the kind.
+_NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+# Servers keep a position or two at the end of the context for themselves.
+_CONTEXT_SLACK = 2
 
 
 class _BadAnswerError(Exception):
     """The server answered something that is no response to the request."""
-
-
-class _UnreachableError(Exception):
-    """The server could not be asked, or did not answer in time, as often as it was tried."""
 
 
 class OpenAIEngine:
@@ -78,7 +78,7 @@ class OpenAIEngine:
             max_retries: how often a request is sent again.
             retry_seconds: wait before the first retry, doubled for every other one.
             api_key: None: the environment's ``OPENAI_API_KEY``, if it is set.
-            kind: of the server, for the engine's name.
+            kind: of the server, for the engine's name, which ``served_model`` follows if it is given.
 
         Raises:
             InputError: the server does not keep to what this engine needs, has another tokenizer or no such model.
@@ -90,9 +90,12 @@ class OpenAIEngine:
         self.weights_version: int | None = None
         self._key = os.environ.get("OPENAI_API_KEY") if api_key is None else api_key
         self._gone = Event()
+        self._answered = 0.0  # when the server last answered anything
         self.context = codec.context
+        self._vllm = False
         self.model = self._find_model(served_model)
-        self.name = f"{kind} {self.model}"
+        # Not the name that the server gives: SGLang's is the folder of the weights, and changes with them.
+        self.name = f"{kind} {served_model}" if served_model else kind
         self._checked: set[tuple[float, float]] = set()
         self._check_tokenizer()
 
@@ -101,7 +104,10 @@ class OpenAIEngine:
     def _find_model(self, wanted: str | None) -> str:
         listed = self._ask("GET", f"{self.url}/models", None, self._probe_seconds)
         models = {str(entry["id"]): entry for entry in listed.get("data", []) if "id" in entry}
-        if wanted is None and len(models) == 1:
+        owners = {entry.get("owned_by") for entry in models.values()}
+        self._vllm = owners == {"vllm"}
+        # SGLang names its model after the folder that it loaded last, and does not ask for the name.
+        if len(models) == 1 and (wanted is None or owners == {"sglang"}):
             wanted = next(iter(models))
         if wanted is None or wanted not in models:
             raise InputError(
@@ -172,14 +178,23 @@ class OpenAIEngine:
             asked = self._first_token(prompt, *settings)
         except (ZedaError, _BadAnswerError) as error:
             return str(error)
-        for token in plain.keys() & asked.keys():
+        common = plain.keys() & asked.keys()
+        if not common:
+            raise InputError(
+                "the server's log-probabilities cannot be checked",
+                where=self.url,
+                rule="it must give `top_logprobs`, as at temperature 1 over all tokens",
+                fix="sample at temperature 1 without top_p, or serve with vLLM",
+            )
+        for token in common:
             if abs(plain[token] - asked[token]) > _SAME_LOGPROB:
                 raise InputError(
                     "the server's log-probabilities are not the model's",
                     where=self.url,
                     value=f"{asked[token]:.4f} at temperature {settings[0]:g}, top_p {settings[1]:g}",
                     rule=f"{plain[token]:.4f}, as at temperature 1 over all tokens",
-                    fix="start vLLM with --logprobs-mode raw_logprobs, or sample at temperature 1 without top_p",
+                    fix="sample at temperature 1 without top_p, or start the server so that it gives the model's own "
+                    "(vLLM: --logprobs-mode raw_logprobs)",
                 )
         self._checked.add(settings)
         return None
@@ -189,7 +204,11 @@ class OpenAIEngine:
         sampling = Sampling(max_new_tokens=1, temperature=temperature, top_p=top_p)
         answer = self._complete(Request(prompt, 0), sampling, self._probe_seconds, logprobs=3)
         try:
-            top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+            choice = answer["choices"][0]
+        except (KeyError, IndexError, TypeError) as error:
+            raise _BadAnswerError(f"the server's answer lacks {error}") from error
+        try:
+            top = choice["logprobs"]["top_logprobs"][0]
             return {str(name): float(value) for name, value in top.items() if isfinite(value)}
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             return {}
@@ -202,47 +221,56 @@ class OpenAIEngine:
         Raises:
             InputError: the server's log-probabilities are of another distribution.
         """
-        self._gone.clear()
+        self._gone = Event()  # requests of a call that was interrupted keep theirs
         trouble = self._check_logprobs(sampling)
         if trouble is not None:
             return [_failed(trouble) for _ in requests]
-        with ThreadPoolExecutor(max_workers=self.concurrency) as pool:
-            return list(pool.map(lambda request: self._answer(request, sampling, self.seconds), requests))
+        try:
+            return _in_threads(
+                lambda request: self._answer(request, sampling, self.seconds), requests, self.concurrency
+            )
+        except BaseException:
+            self._gone.set()
+            raise
 
     def _answer(self, request: Request, sampling: Sampling, seconds: float) -> Response:
-        response = Response(weights_version=self.weights_version)
+        response, began, gone = Response(weights_version=self.weights_version), time.monotonic(), self._gone
         try:
-            if self._gone.is_set():
-                raise _UnreachableError("the server is gone")
             answer = self._complete(request, sampling, seconds)
             self._read(answer, request, sampling, response)
-        except (_BadAnswerError, ZedaError, _UnreachableError) as error:
+        except (_BadAnswerError, ZedaError) as error:
             response.fail(str(error))
+            if self._answered < began:
+                gone.set()
         return response
 
     def _complete(self, request: Request, sampling: Sampling, seconds: float, *, logprobs: int = 1) -> Any:
         stop = self._stop_ids(sampling)
-        room = self.context - len(request.prompt_ids)
-        if room < 1:
+        if len(request.prompt_ids) >= self.context:
             raise _BadAnswerError(f"a prompt of {len(request.prompt_ids)} tokens leaves no room in {self.context}")
-        body = {
+        body = _NEUTRAL | {
             "model": self.model,
             "prompt": request.prompt_ids,
-            "max_tokens": min(sampling.max_new_tokens, room),
+            "max_tokens": self._most(request, sampling),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": seed_of(sampling, request),
             "logprobs": logprobs,
             "n": 1,
             "stream": False,
-            # Extensions of vLLM, which SGLang and others share in part. What ends a response is for us to say.
+            # Extensions of vLLM, which SGLang and others share in part. What ends a response is for us to say; but with
+            # ignore_eos SGLang ignores stop_token_ids, too.
             "stop_token_ids": stop,
-            "ignore_eos": True,
+            "ignore_eos": self._vllm,
             "skip_special_tokens": False,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
         return self._ask("POST", f"{self.url}/completions", body, seconds, retries=self.max_retries)
+
+    def _most(self, request: Request, sampling: Sampling) -> int:
+        """Most tokens that a response may have."""
+        return min(sampling.max_new_tokens, self.context - len(request.prompt_ids))
 
     def _stop_ids(self, sampling: Sampling) -> list[int]:
         return list(self.codec.eos_ids if sampling.stop_token_ids is None else sampling.stop_token_ids)
@@ -264,12 +292,21 @@ class OpenAIEngine:
             raise _BadAnswerError(f"token ids beyond the vocabulary of {self.vocab_size}: it has another tokenizer")
         if len(logprobs) != len(ids) or not all(_is_logprob(value) for value in logprobs):
             raise _BadAnswerError(f"{len(ids)} tokens without a log-probability each")
-        if len(ids) > sampling.max_new_tokens:
-            raise _BadAnswerError(f"{len(ids)} tokens, more than the {sampling.max_new_tokens} that were asked for")
-        stop = self._stop_ids(sampling)
-        if reason == "stop" and (not ids or ids[-1] not in stop):
+        if not ids:
+            raise _BadAnswerError("a response without tokens")
+        most, stop = self._most(request, sampling), set(self._stop_ids(sampling))
+        if len(ids) > most:
+            raise _BadAnswerError(f"{len(ids)} tokens, more than the {most} that were asked for")
+        if not stop.isdisjoint(ids[:-1]):
+            raise _BadAnswerError("the response goes on after a token that ends it")
+        if reason == "stop" and ids[-1] not in stop:
             raise _BadAnswerError("the token that ended the response is missing")
-        response.ids, response.finish_reason = ids, reason
+        at_the_end = len(request.prompt_ids) + len(ids) >= self.context - _CONTEXT_SLACK
+        if reason == "length" and len(ids) < most and not at_the_end:
+            raise _BadAnswerError(f"cut after {len(ids)} tokens, of {most} that were asked for")
+        if self.weights_version is not None:
+            response.weights_version = _version_of(answer, self.weights_version)
+        response.ids, response.finish_reason = ids, "stop" if ids[-1] in stop else "length"
         response.logprobs = [round(min(0.0, float(value)), 6) for value in logprobs]
 
     # ---- the wire ---------------------------------------------------------------------------------------------------
@@ -281,12 +318,16 @@ class OpenAIEngine:
             InputError: the server says that the request is wrong.
             ZedaError: it could not be asked, or failed, as often as it was tried.
         """
-        trouble = ""
+        trouble, gone = "", self._gone
         for wait in _waits(retries, self.retry_seconds):
-            time.sleep(wait)
+            if gone.wait(wait):
+                break
             try:
-                return send_json(method, url, body, seconds, self._key)
+                answer = send_json(method, url, body, seconds, self._key)
+                self._answered = time.monotonic()
+                return answer
             except urllib.error.HTTPError as error:
+                self._answered = time.monotonic()
                 trouble = f"HTTP {error.code}: {_reason(error)}"
                 if error.code not in _AGAIN:
                     raise InputError(f"the server refused: {trouble}", where=url) from error
@@ -297,9 +338,10 @@ class OpenAIEngine:
                 if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
                     trouble = "nobody listens there"
         if trouble == "nobody listens there":
-            self._gone.set()
+            gone.set()
         tries = f", {retries + 1} times" if retries else ""
-        raise ZedaError(f"{trouble}{tries}", where=url, fix="start the server, or look at its log")
+        trouble = f"{trouble}{tries}" if trouble else "the server is gone"
+        raise ZedaError(trouble, where=url, fix="start the server, or look at its log")
 
 
 def send_json(method: str, url: str, body: Any, seconds: float, key: str | None = None) -> Any:
@@ -323,6 +365,42 @@ def send_json(method: str, url: str, body: Any, seconds: float, key: str | None 
             raise TimeoutError from error
         raise
     return json.loads(content) if content.strip() else {}
+
+
+def _in_threads(answer: Callable[[Request], Response], requests: Sequence[Request], concurrency: int) -> list[Response]:
+    """Answer requests, so many at once; an interrupt does not wait for those under way (an executor's would)."""
+    responses = [_failed("not asked") for _ in requests]
+    numbered, lock = iter(enumerate(requests)), Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                index, request = next(numbered, (-1, None))
+            if request is None:
+                return
+            try:
+                responses[index] = answer(request)
+            except Exception as error:  # of this response alone
+                responses[index].fail(f"{type(error).__name__}: {error}")
+
+    threads = [Thread(target=work, daemon=True) for _ in range(min(concurrency, len(requests)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        with lock:
+            for _ in numbered:  # nobody asks for the rest
+                pass
+        raise
+    return responses
+
+
+def _version_of(answer: Any, known: int) -> int:
+    """The number of the weights that sampled an answer: what the server says (SGLang does), or what is known."""
+    told = (answer.get("metadata") or {}).get("weight_version")
+    return int(told) if isinstance(told, str) and told.isdecimal() else known
 
 
 def _failed(reason: str) -> Response:

@@ -82,7 +82,7 @@ def rollout(source: Source, prompts: Path, output: Path, sampling: Sampling) -> 
                 written += good
                 bar.update(len(good))
                 if len(good) < len(responses):
-                    raise _failure(responses, output)
+                    raise _failure(responses, lines[rows[first + len(good)][0]], output)
                 first += len(responses)
     tokens, new = sum(len(response.ids) for response in written), len(written)
     stopped = sum(response.finish_reason == "stop" for response in written)
@@ -108,13 +108,13 @@ def _before_a_failure(responses: Sequence[Response]) -> list[Response]:
     return list(responses[:bad])
 
 
-def _failure(responses: Sequence[Response], output: Path) -> ZedaError:
+def _failure(responses: Sequence[Response], first: Prompt, output: Path) -> ZedaError:
     failed = [r for r in responses if r.finish_reason == "error" or not r.ids]
     return ZedaError(
-        f"{len(failed)} of {len(responses)} responses could not be had; the first: "
+        f"{len(failed)} of {len(responses)} responses could not be had; the first, to {first.where}: "
         f"{failed[0].error or 'a response without tokens'}",
         where=output,
-        fix="see to the engine and run the same command again, which goes on from here",
+        fix="see to the engine, or delete that prompt, and run the same command again, which goes on from here",
     )
 
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from megatron_zeda.config import Config
 
 # Prompts are sorted by length within a window of this many batches: little padding, and lines still reach the file in
-# the order of the prompts while the run goes on.
+# the order of the prompts while the run goes on. A run that is stopped loses its window: large models keep it small.
 _WINDOW_BATCHES = 16
+_WINDOW_BATCHES_LARGE = 1
 
 
 def transformers_source(
@@ -90,7 +91,7 @@ def megatron_source(
         checkpoint.load_weights(chunks, model)
         engine = MegatronEngine(chunks, eos_ids=codec.eos_ids, context=codec.context, batch_size=batch_size)
         version = checkpoint_version(iteration) if torch.distributed.get_rank() == 0 else ""
-        yield Source(engine, codec, version, batch_size * replicas * _WINDOW_BATCHES)
+        yield Source(engine, codec, version, batch_size * replicas * _WINDOW_BATCHES_LARGE)
     finally:
         setup.end_processes(created)
 
@@ -119,7 +120,7 @@ def vllm_source(model: Path, *, batch_size: int = 128, dtype: str = "auto", trus
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
     )
-    return Source(engine, codec, weights_version(model), batch_size * _WINDOW_BATCHES)
+    return Source(engine, codec, weights_version(model), batch_size * _WINDOW_BATCHES_LARGE)
 
 
 def openai_source(
@@ -159,6 +160,7 @@ def openai_source(
         timeout_minutes=timeout_minutes,
         max_retries=max_retries,
     )
+    codec.context = engine.context  # the server's may be smaller; prompts are judged before anything is asked
     return Source(engine, codec, weights_version(model), batch_size)
 
 

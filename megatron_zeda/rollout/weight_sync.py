@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 import urllib.error
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from megatron_zeda.errors import ZedaError, disk_errors
+from megatron_zeda.rollout.first_rank import on_first
 from megatron_zeda.rollout.openai_engine import OpenAIEngine, send_json
 
 Reload = Literal["vllm", "sglang"]
@@ -24,6 +26,8 @@ Reload = Literal["vllm", "sglang"]
 _KEPT = 2
 # Loading tens of gigabytes from a shared file system.
 _LOAD_SECONDS = 3600.0
+# Waits before a server is asked again to forget; after the last one its running requests have to begin anew.
+_FORGET_WAITS = (0.0, 1.0, 4.0)
 
 
 class WeightSync:
@@ -69,18 +73,19 @@ class WeightSync:
                     shutil.rmtree(left, ignore_errors=True)
         _together(None)
         self.export(partial)
-        trouble = None
-        if self._first:
-            try:
-                with disk_errors(self.folder):
-                    os.replace(partial, final)
-                load_weights(self.engine.url, final, self.reload)
-                self._forget(version)
-            except ZedaError as error:
-                trouble = str(error)
-        trouble = _together(trouble)
-        if trouble is not None:
-            raise ZedaError(f"the server did not get the weights of step {version}: {trouble}", where="rollout.reload")
+        reload = self.reload
+
+        def load() -> None:
+            with disk_errors(self.folder):
+                os.replace(partial, final)
+            load_weights(self.engine.url, final, reload)
+            self._forget(version)
+
+        try:
+            on_first(load)
+        except ZedaError as error:
+            text = f"the server did not get the weights of step {version}: {error}"
+            raise ZedaError(text, where="rollout.reload") from error
         self.engine.weights_version = version
 
     def _forget(self, newest: int) -> None:
@@ -94,7 +99,8 @@ def load_weights(url: str, folder: Path, reload: Reload, *, seconds: float = _LO
 
     Args:
         url: ``http://host:port/v1``.
-        folder: of the same form as the one the server was started with.
+        folder: of the same form as the one the server was started with; its name is the version that SGLang gives
+            with its answers.
         reload: ``vllm``: its method ``reload_weights`` on all workers (``VLLM_SERVER_DEV_MODE=1``); ``sglang``:
             ``/update_weights_from_disk``.
         seconds: longest wait.
@@ -106,14 +112,26 @@ def load_weights(url: str, folder: Path, reload: Reload, *, seconds: float = _LO
     if reload == "vllm":
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         _post(f"{root}/collective_rpc", body, seconds, "start the server with VLLM_SERVER_DEV_MODE=1")
-        _post(f"{root}/reset_prefix_cache", None, seconds, "start the server with VLLM_SERVER_DEV_MODE=1")
+        _forget_prefixes(root, seconds)
         return
-    answer = _post(f"{root}/update_weights_from_disk", {"model_path": path}, seconds, "look at the server's log")
+    body = {"model_path": path, "weight_version": folder.name}
+    answer = _post(f"{root}/update_weights_from_disk", body, seconds, "look at the server's log")
     if not answer.get("success"):
         raise ZedaError(f"SGLang says: {answer.get('message', answer)}", where=root, fix="look at the server's log")
     told = _get(f"{root}/get_model_info", seconds).get("model_path")
     if told != path:
         raise ZedaError(f"SGLang says that it serves {told}", where=root, rule=f"it was told to load {path}")
+
+
+def _forget_prefixes(root: str, seconds: float) -> None:
+    """Make vLLM forget the keys and values of the old weights, which it refuses while a request holds any of them."""
+    url, fix = f"{root}/reset_prefix_cache", "start the server with VLLM_SERVER_DEV_MODE=1"
+    for wait in _FORGET_WAITS:
+        time.sleep(wait)
+        if _post(url, None, seconds, fix).get("success", True):  # older versions say nothing
+            return
+    if not _post(f"{url}?reset_running_requests=true", None, seconds, fix).get("success", True):
+        raise ZedaError("vLLM keeps what it computed with the old weights", where=url, fix="look for others' requests")
 
 
 def _post(url: str, body: Any, seconds: float, fix: str) -> Any:

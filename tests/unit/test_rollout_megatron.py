@@ -119,6 +119,23 @@ def test_growing_and_shrinking_caches_change_nothing(
         assert {response.weights_version for response in found} == {4}
 
 
+def test_the_cache_is_never_longer_than_what_is_read(
+    megatron: None, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rooms: list[int] = []
+    move = megatron_decode.CachedModel._move
+
+    def moved(self: megatron_decode.CachedModel, places: Any, room: int) -> None:
+        rooms.append(room)
+        move(self, places, room)
+
+    monkeypatch.setattr(megatron_decode, "_FIRST_ROOM", 5)
+    monkeypatch.setattr(megatron_decode.CachedModel, "_move", moved)
+    endless = replace(GREEDY, stop_token_ids=())
+    build(folders).generate([Request([7] * 3, 0), Request([7] * 6, 1)], endless)
+    assert max(rooms) == 6 + 12 - 1  # not 2 * 16: the last token is not read
+
+
 def test_the_context_ends_a_response(megatron: None, folders: tuple[Path, Path]) -> None:
     engine = build(folders)
     long, short = engine.generate([Request([7] * 93, 0), Request([7], 1)], replace(GREEDY, stop_token_ids=()))

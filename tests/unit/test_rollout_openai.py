@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,39 @@ def test_samples_depend_on_seed_and_row_alone(server: CompletionsServer, codec: 
     assert all(body["ignore_eos"] and body["stop_token_ids"] == codec.eos_ids for body in server.seen[-3:])
 
 
+def test_the_servers_own_settings_change_no_sample(server: CompletionsServer, codec: Codec) -> None:
+    """vLLM takes what a request does not say from the model's generation_config.json."""
+    engine = connect(server, codec)
+    wanted = engine.generate(requests(), SAMPLED)
+    server.defaults = {"top_k": 1, "min_p": 0.9, "repetition_penalty": 3.0, "presence_penalty": 2.0}
+    assert [r.ids for r in engine.generate(requests(), SAMPLED)] == [r.ids for r in wanted]
+
+
+def test_stop_tokens_end_responses_of_sglang_too(model: Any, codec: Codec, tiny_dynamic: Path) -> None:
+    wanted = TransformersEngine(tiny_dynamic).generate(requests(), GREEDY)
+    with serving(transformers_completions(model), engine="sglang") as server:
+        server.models[0]["id"] = "/folder/rollout_weights/7"  # its name after it loaded other weights
+        engine = connect(server, codec, served_model="student", kind="openai")
+        found = engine.generate(requests(), GREEDY)
+    assert [(r.ids, r.finish_reason) for r in found] == [(r.ids, r.finish_reason) for r in wanted]
+    assert {r.finish_reason for r in found} == {"stop", "length"}
+    assert engine.name == "openai student"
+
+
+def test_the_engines_name_has_no_folder(server: CompletionsServer, codec: Codec) -> None:
+    server.models[0]["id"] = "/folder/rollout_weights/7"
+    assert connect(server, codec, kind="vllm").name == "vllm"
+
+
+def test_responses_have_the_version_that_the_server_tells(model: Any, codec: Codec) -> None:
+    with serving(transformers_completions(model), engine="sglang") as server:
+        engine = connect(server, codec)
+        engine.weights_version = 0
+        assert engine.generate(requests(1), GREEDY)[0].weights_version == 0  # "default"
+        server.version, engine.weights_version = "6", 7
+        assert engine.generate(requests(1), GREEDY)[0].weights_version == 6
+
+
 def test_ids_may_come_as_names_of_tokens(model: Any, codec: Codec) -> None:
     with serving(transformers_completions(model, ids="tokens")) as server:
         (response,) = connect(server, codec).generate([Request([7, 8], 0)], GREEDY)
@@ -130,6 +164,34 @@ def test_a_server_that_hangs_is_given_up(server: CompletionsServer, codec: Codec
         assert error is not None and "no answer within 0.2 s, 2 times" in error
 
 
+def test_a_server_that_hangs_is_waited_for_once(server: CompletionsServer, codec: Codec) -> None:
+    engine = connect(server, codec, max_retries=1, concurrency=2)
+    engine.seconds, server.faults["slow"] = 0.2, 1000
+    before = len(server.seen)
+    found = errors(engine.generate(requests(40), SAMPLED))
+    assert any("no answer within 0.2 s, 2 times" in str(error) for error in found[:2])
+    assert len(server.seen) - before <= 8 and sum("gone" in str(error) for error in found) > 30
+    server.faults.clear()
+    engine.seconds = 60.0
+    assert errors(engine.generate(requests(2), SAMPLED)) == [None, None]
+
+
+def test_an_interrupt_does_not_wait_for_the_server(server: CompletionsServer, codec: Codec) -> None:
+    engine = connect(server, codec)  # ten minutes for an answer
+    server.faults["slow"] = 1000
+    before, main = len(server.seen), threading.get_ident()
+
+    def interrupt() -> None:
+        while len(server.seen) == before:
+            server.ending.wait(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests(40), SAMPLED)
+    assert not server.ending.is_set() and len(server.seen) - before <= 4
+
+
 def test_a_server_that_died_fails_the_rest_at_once(model: Any, codec: Codec) -> None:
     with serving(transformers_completions(model)) as server:
         engine = connect(server, codec, concurrency=1)
@@ -166,6 +228,23 @@ def _drop_last(answer: dict[str, Any]) -> None:
     choice["token_ids"][:] = [8]
 
 
+def _cut(tokens: int) -> Callable[[dict[str, Any]], None]:
+    def edit(answer: dict[str, Any]) -> None:
+        choice = _choice(answer)
+        choice["finish_reason"] = "length"
+        for values in (choice["token_ids"], choice["logprobs"]["token_logprobs"]):
+            del values[tokens:]
+
+    return edit
+
+
+def _go_on(answer: dict[str, Any]) -> None:
+    choice = _choice(answer)
+    choice["finish_reason"] = "length"
+    choice["token_ids"][:] = [5, 9, 7, 8]
+    choice["logprobs"]["token_logprobs"][:] = [-1.0] * 4
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
@@ -177,6 +256,9 @@ def _drop_last(answer: dict[str, Any]) -> None:
         (lambda a: _choice(a).update(finish_reason="abort"), "abort"),
         (lambda a: a.update(choices=[]), "lacks"),
         (_drop_last, "the token that ended the response is missing"),
+        (_cut(0), "a response without tokens"),
+        (_cut(1), "cut after 1 tokens, of 6 that were asked for"),
+        (_go_on, "goes on after a token that ends it"),
     ],
 )
 def test_answers_that_are_none_are_not_believed(
@@ -203,7 +285,8 @@ def test_servers_that_do_not_fit_are_refused_before_anything_is_asked(model: Any
         server.models.append({"id": "second"})
         with pytest.raises(InputError, match="several models"):
             connect(server, codec)
-        assert connect(server, codec, served_model="tiny").name == "openai tiny"
+        engine = connect(server, codec, served_model="tiny")
+        assert (engine.name, engine.model) == ("openai tiny", "tiny")
 
 
 def test_log_probabilities_of_another_distribution_are_refused(model: Any, codec: Codec) -> None:
@@ -215,6 +298,9 @@ def test_log_probabilities_of_another_distribution_are_refused(model: Any, codec
         assert errors(engine.generate(requests(2), SAMPLED)) == [None, None]  # at temperature 1 they are
     with serving(transformers_completions(model)) as server:
         assert errors(connect(server, codec).generate(requests(2), hot)) == [None, None]
+        server.edit = lambda answer: _choice(answer)["logprobs"].pop("top_logprobs")
+        with pytest.raises(InputError, match="log-probabilities cannot be checked"):
+            connect(server, codec).generate(requests(2), hot)
 
 
 def test_the_context_is_the_smaller_one(server: CompletionsServer, codec: Codec) -> None:

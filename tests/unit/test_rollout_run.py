@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from completions_server import serving, transformers_completions
 from tiny_hf import EOS, VOCABULARY, write_lines
 
-from megatron_zeda.errors import InputError
+from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.rollout import Sampling, cli, read_rollouts, rollout
-from megatron_zeda.rollout.hf_folder import weights_version
-from megatron_zeda.rollout.sources import transformers_source
+from megatron_zeda.rollout.hf_folder import load_model, weights_version
+from megatron_zeda.rollout.sources import openai_source, transformers_source
 from megatron_zeda.rollout.transformers_engine import TransformersEngine
 
 PROMPTS: list[dict[str, Any]] = [
@@ -122,6 +124,44 @@ def test_a_prompt_longer_than_the_context_is_named(tmp_path: Path, tiny_static: 
     with pytest.raises(InputError, match=r"p.jsonl:2: the prompt has 96 tokens; fewer than 96"):
         rollout(transformers_source(tiny_static), path, tmp_path / "out.jsonl", SAMPLED)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_response_that_cannot_be_had_names_its_prompt(
+    tmp_path: Path, tiny_static: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that prompt, the same command goes on."""
+    original = TransformersEngine.generate
+
+    def generate(self: TransformersEngine, requests: Any, sampling: Any) -> Any:
+        responses = original(self, requests, sampling)
+        for request, response in zip(requests, responses, strict=True):
+            if request.prompt_ids == ids("a long plain text"):
+                response.fail("too hard")
+        return responses
+
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(ZedaError, match=rf"2 of 8 responses .* to {prompts}:2: too hard; .*delete that prompt"):
+        rollout(transformers_source(tiny_static), prompts, output, SAMPLED)
+    write_lines(prompts, [PROMPTS[0], *PROMPTS[2:]])
+    summary = rollout(transformers_source(tiny_static), prompts, output, SAMPLED)
+    assert (summary["resumed_after"], summary["new_responses"]) == (2, 4)
+
+
+def test_prompts_are_judged_by_the_servers_context(tmp_path: Path, tiny_static: Path) -> None:
+    model = load_model(tiny_static, device=torch.device("cpu"))
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b" * 20}])
+    with serving(transformers_completions(model)) as server:
+        server.models[0]["max_model_len"] = 12
+        source = openai_source(tiny_static, server.url, batch_size=2)
+        with pytest.raises(InputError, match=r"p.jsonl:2: the prompt has 20 tokens; fewer than 12"):
+            rollout(source, path, tmp_path / "out.jsonl", SAMPLED)
+
+
+def test_a_stop_loses_no_more_than_a_batch_of_a_server(tmp_path: Path, tiny_static: Path) -> None:
+    model = load_model(tiny_static, device=torch.device("cpu"))
+    with serving(transformers_completions(model)) as server:
+        assert openai_source(tiny_static, server.url, batch_size=3).window == 3
 
 
 def test_impossible_batch_size_is_refused(tmp_path: Path, tiny_static: Path, prompts: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_hf import VOCABULARY
 from megatron_zeda.conversion import hf_to_megatron
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.models import load_hf_config
-from megatron_zeda.rollout import Codec, Request, Sampling
+from megatron_zeda.rollout import Codec, Request, Sampling, weight_sync
 from megatron_zeda.rollout.hf_folder import load_model, read_config
 from megatron_zeda.rollout.megatron_engine import MegatronEngine
 from megatron_zeda.rollout.openai_engine import OpenAIEngine
@@ -91,6 +91,27 @@ def test_the_server_says_what_the_new_weights_say(
     assert said[0] != said[1] == said[2] != said[3]
     assert sorted(path.name for path in (tmp_path / "versions").iterdir()) == ["4", "6"]
     assert server.loaded == str((tmp_path / "versions" / "6").resolve())
+
+
+@pytest.mark.parametrize("busy", [1, 1000])
+def test_vllm_forgets_the_prefixes_of_the_old_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: CompletionsServer, busy: int
+) -> None:
+    """It keeps them, with HTTP 200, while a request holds any."""
+    monkeypatch.setattr(weight_sync, "_FORGET_WAITS", (0.0, 0.0))
+    server.busy = busy
+    weight_sync.load_weights(server.url, tmp_path, "vllm")
+    wanted = ["", ""] if busy == 1 else ["", "", "?reset_running_requests=true"]
+    assert [path for path, _ in server.posts] == ["/collective_rpc", *(f"/reset_prefix_cache{w}" for w in wanted)]
+
+
+def test_prefixes_that_stay_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: CompletionsServer
+) -> None:
+    monkeypatch.setattr(weight_sync, "_FORGET_WAITS", (0.0,))
+    monkeypatch.setattr(weight_sync, "send_json", lambda *request: {"success": False})
+    with pytest.raises(ZedaError, match="keeps what it computed with the old weights"):
+        weight_sync.load_weights(server.url, tmp_path, "vllm")
 
 
 def test_weights_that_did_not_arrive_have_no_number(
