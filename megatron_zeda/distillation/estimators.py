@@ -216,10 +216,10 @@ def _token_values(chunk: Chunk, objective: Objective, sums: dict[str, Tensor]) -
 
     gap = zero if chunk.old_logprobs is None else -ce - chunk.old_logprobs
     ratio = gap.clamp(max=_LARGEST_LOG_RATIO).exp()
-    corrects = objective.importance_cap is not None and chunk.old_logprobs is not None
-    cap = objective.importance_cap if corrects else float("inf")
+    asked = None if chunk.old_logprobs is None else objective.importance_cap
+    cap = float("inf") if asked is None else asked
     bounded = ratio.clamp(max=cap)
-    weight = bounded if corrects else torch.ones_like(zero)
+    weight = torch.ones_like(zero) if asked is None else bounded
 
     forward, reverse, clipped, log_rest = zero, zero, zero, None
     label = weight * objective.cross_entropy

@@ -299,6 +299,7 @@ ALSO_UNFIT: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
     ({"zero_experts__method": "dynamic_skipping", "train__trainable": "router"}, 1, STATIC),
     ({"zero_experts__method": "net", "zero_experts__balance_tokens": "response"}, 1, STATIC),
     (SERVER | {"zero_experts__method": "net"}, 1, STATIC),
+    (SERVER | {"zero_experts__logit_bias": 0.5}, 1, SHAPE),
     (SERVER | {"zero_experts__method": "copy"}, 1, COPY),
     (SERVER | {"zero_experts__method": "adamoe"}, 1, ADAMOE),
 ]
