@@ -336,4 +336,5 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     ),
     (SERVER | {"rollout__url": "localhost:8000"}, 1, "rollout.url", "'localhost:8000' is no address of a server"),
     (SERVER | {"rollout__url": "http://[::1"}, 1, "rollout.url", "is no address of a server"),
+    (SERVER | {"rollout__reload": "sglang"}, 1, "rollout.reload", "whose server has no such call"),
 ]
