@@ -13,10 +13,11 @@ import torch
 from completions_server import serving, transformers_completions
 from tiny_hf import EOS, VOCABULARY, write_lines
 
+from megatron_zeda.conversion import hf_to_megatron
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.rollout import Sampling, cli, read_rollouts, rollout
+from megatron_zeda.rollout import Sampling, cli, read_rollouts, rollout, vllm_engine
 from megatron_zeda.rollout.hf_folder import load_model, weights_version
-from megatron_zeda.rollout.sources import openai_source, transformers_source
+from megatron_zeda.rollout.sources import megatron_source, openai_source, transformers_source, vllm_source
 from megatron_zeda.rollout.transformers_engine import TransformersEngine
 
 PROMPTS: list[dict[str, Any]] = [
@@ -158,10 +159,17 @@ def test_prompts_are_judged_by_the_servers_context(tmp_path: Path, tiny_static: 
             rollout(source, path, tmp_path / "out.jsonl", SAMPLED)
 
 
-def test_a_stop_loses_no_more_than_a_batch_of_a_server(tmp_path: Path, tiny_static: Path) -> None:
+def test_a_stop_loses_no_more_than_a_batch_of_a_large_model(
+    tmp_path: Path, tiny_static: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(tiny_static, device=torch.device("cpu"))
     with serving(transformers_completions(model)) as server:
         assert openai_source(tiny_static, server.url, batch_size=3).window == 3
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", lambda *args, **settings: None)
+    assert vllm_source(tiny_static, batch_size=3).window == 3
+    hf_to_megatron(tiny_static, tmp_path / "megatron")
+    with megatron_source(tmp_path / "megatron", sizes={}, batch_size=3) as source:
+        assert source.window == 3
 
 
 def test_impossible_batch_size_is_refused(tmp_path: Path, tiny_static: Path, prompts: Path) -> None:
