@@ -343,10 +343,17 @@ def failing(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     monkeypatch.setattr(MegatronEngine, "generate", answer)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 def test_a_step_without_responses_is_told_saved_and_over_with_the_next_start(
-    root: Path, whole: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    root: Path, offload: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = make_stage_2(root, "hiccup")
+    def make(name: str) -> Config:
+        config = make_stage_2(root, f"{name}-{offload}")
+        config.optimizer.use_precision_aware_optimizer = config.optimizer.optimizer_cpu_offload = offload
+        config.model.bf16, config.train.train_iters = offload, 3
+        return config
+
+    config = make("hiccup")
     config.checkpoint.save_interval, config.train.max_skipped_steps = 1, 2
     failing(monkeypatch, 100)
     with pytest.raises(ZedaError) as caught:
@@ -361,9 +368,9 @@ def test_a_step_without_responses_is_told_saved_and_over_with_the_next_start(
     monkeypatch.undo()
     assert train(config) == 0
     lines = lines_of(config)
-    assert [line["rollout"]["failed"] for line in lines] == [8, 0, 0, 0] and lines[-1]["skipped_steps"] == 1
+    assert [line["rollout"]["failed"] for line in lines] == [8, 0, 0] and lines[-1]["skipped_steps"] == 1
     # Its first update is the one that an optimizer without a past makes.
-    again = make_stage_2(root, "hiccup-uninterrupted")
+    again = make("hiccup-uninterrupted")
     failing(monkeypatch, 2)
     assert train(again) == 0
     assert [line["kl_reverse"] for line in lines_of(again)] == [line["kl_reverse"] for line in lines]
