@@ -37,7 +37,7 @@ from megatron_zeda.models.hf_config import zero_logit_bias
 from megatron_zeda.training.optimizer_state import (
     METADATA,
     allocate_adam_states,
-    count_steps_without_parameters,
+    allocate_to_save,
     load_optimizer,
     only_data,
 )
@@ -265,8 +265,7 @@ def save_checkpoint(config: Config, chunks: list[Any], optimizer: Any, scheduler
             if first:
                 _begin(partial)
         state = _model_state(chunks)
-        allocate_adam_states(optimizer)  # those of a run whose steps were all skipped so far
-        count_steps_without_parameters(optimizer)
+        allocate_to_save(optimizer)  # of a run whose steps were all skipped so far
         state["optimizer"] = only_data(optimizer.sharded_state_dict(dict(state), metadata=dict(METADATA)))
         state |= {
             "opt_param_scheduler": scheduler.state_dict(),

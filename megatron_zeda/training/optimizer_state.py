@@ -46,6 +46,15 @@ def allocate_adam_states(optimizer: Any) -> None:
     count_steps_without_parameters(optimizer)
 
 
+def allocate_to_save(optimizer: Any) -> None:
+    """:func:`allocate_adam_states`, and what Megatron-Core allocates of other Adams itself, but only to load into."""
+    allocate_adam_states(optimizer)
+    known = {index for index, _, _ in _torch_adams(optimizer)}
+    for index, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+        if index not in known and part.optimizer is not None and not part.optimizer.state:
+            part.init_state_fn(part.optimizer, part.config)
+
+
 def _allocate_offloaded(offloaded: Any) -> None:
     """States in host memory come into being by a step with random gradients (upstream's way), here without effect."""
     rates = [group["lr"] for group in offloaded.param_groups]

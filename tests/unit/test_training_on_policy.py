@@ -173,10 +173,12 @@ def test_a_token_keeps_its_log_probability_and_routing_wherever_it_lies(packed: 
 class Engine:
     """Answers a prompt with its row's number, and dies at a call if it is told to."""
 
-    collective = True
     name = "fake 1"
 
-    def __init__(self, dies_at: int | None = None, refuse: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, dies_at: int | None = None, refuse: frozenset[int] = frozenset(), *, collective: bool = True
+    ) -> None:
+        self.collective = collective
         self.calls: list[list[int]] = []
         self.dies_at, self.refuse = dies_at, refuse
 
@@ -252,20 +254,22 @@ def test_responses_are_asked_for_in_groups_and_written_as_rollouts(run: Run) -> 
     assert not list((run.folder / "rollouts").glob("*.partial"))
 
 
-def test_a_run_killed_while_it_generates_keeps_what_it_has(run: Run) -> None:
-    whole = tokens_of(run.start(Engine()).step(State())[0])
+@pytest.mark.parametrize("collective", [True, False])  # False: a server
+def test_a_run_killed_while_it_generates_keeps_what_it_has(run: Run, collective: bool) -> None:
+    run.settings = {} if collective else {"engine": "openai"}
+    whole = tokens_of(run.start(Engine(collective=collective)).step(State())[0])
     (run.folder / "rollouts/step_0000001.jsonl").unlink()
     with pytest.raises(KeyboardInterrupt):
-        run.start(Engine(dies_at=1)).step(State())
+        run.start(Engine(dies_at=1, collective=collective)).step(State())
     partial = run.folder / "rollouts/step_0000001.jsonl.partial"
     assert len(partial.read_text().splitlines()) == 4
     partial.write_text(partial.read_text()[:-20])  # the last line was cut short
-    engine = Engine()
+    engine = Engine(collective=collective)
     batch, counts = run.start(engine).step(State())
     assert engine.calls == [[3, 4, 5]] and counts.reused == 3
     assert tokens_of(batch) == whole and run.rows(1) == list(range(6))
     # Finished: nothing is asked for again.
-    again = Engine()
+    again = Engine(collective=collective)
     batch, counts = run.start(again).step(State())
     assert again.calls == [] and counts.reused == 6 and tokens_of(batch) == whole
 
@@ -371,8 +375,7 @@ def test_routing_is_in_no_file_so_that_what_is_replayed_is_generated_again(run: 
 
 def test_a_server_that_is_never_told_answers_with_its_first_weights(run: Run) -> None:
     run.settings = {"engine": "openai", "max_staleness": 2}
-    engine = Engine()
-    engine.collective = False
+    engine = Engine(collective=False)
     rollouts = run.start(engine)
     ages = [rollouts.step(State().after(step))[1] for step in range(4)]
     assert [counts.staleness for counts in ages] == [0, 1, 2, 0] and [c.too_old for c in ages] == [0, 0, 0, 6]
