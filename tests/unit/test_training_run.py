@@ -422,7 +422,7 @@ def test_a_run_that_stays_infinite_ends(root: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(step, "_masked_loss", infinite)
     config = make_config(root, "infinite")
     config.train.train_iters = 50
-    with pytest.raises(ZedaError, match="step 10: 10 steps in a row without a finite loss"):
+    with pytest.raises(ZedaError, match="step 10: 10 steps in a row changed nothing: 10 without a finite loss"):
         train(config)
 
 
