@@ -188,6 +188,9 @@ class RolloutSettings(Section):
     """Steps whose responses are generated at once: the last of them trains on responses that old."""
     max_staleness: Natural = 0
     """Most updates between the weights a response was sampled with and the step that trains on it."""
+    max_logprob_gap: PositiveFloat | None = 0.5
+    """Largest mean of |log p_trainer - log p_engine| over the tokens of responses that were sampled with the present
+    weights; above it the run stops, because the engine computes with others. null: no limit."""
     routing_replay: bool = False
     """Training routes the tokens of a response as the rollout did (engine ``megatron``)."""
     cut_responses: Literal["train", "drop"] = "train"

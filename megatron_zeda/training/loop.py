@@ -29,6 +29,7 @@ from megatron_zeda.training.metrics import Metrics
 from megatron_zeda.training.on_policy import (
     Counts,
     Interrupted,
+    check_engine,
     rollout_values,
 )
 from megatron_zeda.training.rollout_files import first_weights, next_weights
@@ -297,6 +298,8 @@ def _loop(
         metrics.step(values)
         if batch is None and counts is not None:
             metrics.say(f"step {progress.iteration}: nothing to train on: {counts.summary()}")
+        if counts is not None:
+            check_engine(config, values["rollout"], progress.iteration)
 
         if progress.skipped_in_a_row >= config.train.max_skipped_steps:
             raise _without_updates(progress, empty_in_a_row, counts)

@@ -252,6 +252,32 @@ def rollout_values(counts: Counts, sums: Mapping[str, float], version: str) -> d
     }
 
 
+def check_engine(config: Config, values: Mapping[str, Any], step: int) -> None:
+    """Refuse to go on with an engine that computes with other weights than the trainer.
+
+    A server may answer that it loaded new weights and go on with broken ones: nothing but its answers tells.
+
+    Args:
+        config: the configuration.
+        values: of :func:`rollout_values`.
+        step: for the message.
+
+    Raises:
+        ZedaError: responses of the present weights, which the trainer finds too improbable (or too probable).
+    """
+    limit, gap = config.rollout.max_logprob_gap, values["logprob_gap"]
+    if limit is None or values["staleness"] > 0 or not gap > limit:
+        return
+    raise ZedaError(
+        f"the engine's log-probabilities are {gap:.3g} nats from the trainer's, on average over the tokens of its "
+        "responses: it does not compute with the weights it was given",
+        where=f"step {step}",
+        rule=f"at most {limit:g} (rollout.max_logprob_gap)",
+        fix="restart the server with the newest folder of rollout_weights, or use rollout.engine=megatron; the last "
+        "checkpoint is intact",
+    )
+
+
 # ---- the rollouts of a run ------------------------------------------------------------------------------------------
 
 

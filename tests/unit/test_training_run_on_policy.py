@@ -265,6 +265,18 @@ def test_a_server_answers_with_the_weights_of_the_step(root: Path) -> None:
     assert third["too_old"] == 8 and third["trained"] == 0
 
 
+def test_a_server_that_only_says_it_loaded_the_weights_ends_the_run(root: Path) -> None:
+    """Seen with a real server: a reload that reports success, and other tokens from then on."""
+    complete = transformers_completions(load_model(root / "student_hf", device=torch.device("cpu")))
+    config = make_stage_2(root, "server-that-lies")
+    with serving(complete) as server:
+        config.rollout.engine, config.rollout.url, config.rollout.reload = "openai", server.url, "vllm"
+        config.rollout.max_logprob_gap, config.train.train_iters = 1e-4, 3
+        with pytest.raises(ZedaError, match=r"step 2: the engine's log-probabilities are .* nats from the trainer's"):
+            train(config)
+    assert [line["rollout"]["staleness"] for line in lines_of(config)] == [0, 0]
+
+
 # ---- what happens when things go wrong -------------------------------------------------------------------------------
 
 
