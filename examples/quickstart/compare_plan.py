@@ -86,7 +86,7 @@ def method(name: str) -> tuple[str, ...]:
 
 def static_method(name: str, rate: float = 0.5) -> tuple[str, ...]:
     """Train, or calibrate, one of the methods without."""
-    return (*method(name), *target(rate))
+    return (*method(name), *target(rate), "zero_experts.balance_tokens=all")  # there is nothing to balance
 
 
 def controls() -> list[Run]:
