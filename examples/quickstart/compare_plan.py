@@ -8,6 +8,7 @@ of its stage, and is evaluated on the same held-out questions, none of which was
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from inputs import Sizes
 
@@ -106,21 +107,18 @@ def controls() -> list[Run]:
 
 def methods(seed: int) -> list[Run]:
     """Stage 1 and stages 1 + 2 of every method, the w sweep, and NET with other K."""
-    static = {"zero_experts": False, "seed": seed}
+    static = partial(Run, seed=seed, zero_experts=False)
     runs = [
         Run("zeda", seed, biases=LOGIT_BIASES),
-        Run("net", settings=static_method("net"), **static),  # type: ignore[arg-type]
+        static("net", settings=static_method("net")),
         Run("adamoe", seed, settings=method("adamoe")),
         Run("copy", seed, settings=method("copy")),
         Run("zeda_2", seed, stage=2, start="zeda"),
-        Run("net_2", stage=2, start="net", settings=static_method("net"), **static),  # type: ignore[arg-type]
+        static("net_2", stage=2, start="net", settings=static_method("net")),
         Run("adamoe_2", seed, stage=2, start="adamoe", settings=method("adamoe")),
     ]
     runs += [Run(f"zeda_w{w}", seed, settings=weight(w)) for w in SWEEP]
-    runs += [
-        Run(f"net_{rate}", settings=static_method("net", rate), **static)  # type: ignore[arg-type]
-        for rate in (0.25, 0.75)
-    ]
+    runs += [static(f"net_{rate}", settings=static_method("net", rate)) for rate in (0.25, 0.75)]
     return runs
 
 
