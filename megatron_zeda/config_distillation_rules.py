@@ -27,6 +27,13 @@ def _terms(config: Config) -> Iterator[Problem]:
             f"not given, and distillation.{name} is {weight:g}",
             "name the Megatron folder of the original model",
         )
+    if config.distils and config.model.overrides.get("defer_embedding_wgrad_compute"):
+        yield Problem(
+            "deferred_output_gradient",
+            ("model.overrides.defer_embedding_wgrad_compute", "distillation.forward_kl", "distillation.reverse_kl"),
+            "true with a KL in the objective, which makes the output layer's gradient and leaves nothing to defer",
+            "remove it",
+        )
     if stage == 2 and not config.distils and config.cross_entropy > 0:
         yield Problem(
             "stage_2_objective",

@@ -72,6 +72,12 @@ RULES: dict[str, Rule] = {
     "teacher_needed": Rule(
         ("teacher.checkpoint",), "given when a KL is in the objective", "name the Megatron folder of the original model"
     ),
+    "deferred_output_gradient": Rule(
+        ("model.overrides.defer_embedding_wgrad_compute",),
+        "false when a KL is in the objective: the output layer is not called then, and Megatron-Core ends the first "
+        "step with an error because nothing was deferred",
+        "remove it",
+    ),
     "stage_2_objective": Rule(
         ("distillation.reverse_kl",),
         "in stage 2 a KL is in the objective: the student's own responses teach it nothing else",

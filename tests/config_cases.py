@@ -71,6 +71,7 @@ SERVER = STAGE_2 | {
 }
 SAMPLED = STAGE_2 | {"distillation__estimator": "sampled"}
 TEACHER = {"teacher__checkpoint": "original"}
+DEFERRED = {"defer_embedding_wgrad_compute": True, "gradient_accumulation_fusion": True}
 UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
     (
         {**PAPER, "train__global_batch_size": 120},
@@ -152,6 +153,12 @@ UNFIT: list[tuple[dict[str, Any], int, str, str]] = [
         "8 has no effect without a reverse KL with estimator topk",
     ),
     ({"distillation__importance_cap": 0.5}, 1, "distillation.importance_cap", "0.5 has no effect without responses"),
+    (
+        TEACHER | PIPELINE | {"distillation__forward_kl": 1.0, "model__overrides": DEFERRED},
+        2,
+        "model.overrides.defer_embedding_wgrad_compute",
+        "leaves nothing to defer; remove it",
+    ),
     (
         STAGE_2 | {"distillation__reverse_kl": 0.0, "distillation__cross_entropy": 1.0},
         1,

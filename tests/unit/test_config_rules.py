@@ -13,6 +13,7 @@ import pytest
 import torch
 from config_cases import (
     CONTEXT,
+    DEFERRED,
     EMBEDDING,
     FIRST,
     FOUR_STAGES,
@@ -112,6 +113,7 @@ def test_what_does_not_fit(values: dict[str, Any], world_size: int, key: str, te
         (VIRTUAL | {"dataset__packing": True, "train__global_batch_size": 1}, 2),
         (FP8, 1),
         ({"model__moe_token_dispatcher_type": "flex", "model__expert_model_parallel_size": 2}, 2),
+        (PIPELINE | {"model__overrides": DEFERRED}, 2),  # Megatron-Core's own output layer and loss
         (STAGE_2, 1),
         (STAGE_2 | VIRTUAL | {"dataset__packing": True, "rollout__routing_replay": True}, 2),
         (STAGE_2 | {"rollout__steps_per_rollout": 4, "rollout__max_staleness": 3}, 1),
