@@ -8,7 +8,7 @@ from megatron_zeda.evaluation.accuracy import (
     wilson_interval,
 )
 from megatron_zeda.evaluation.evaluate import evaluate
-from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, theoretical_speedup
+from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, model_speedup, theoretical_speedup
 from megatron_zeda.evaluation.report import build_report, report, write_report
 from megatron_zeda.evaluation.scoring import score_rollouts, score_text
 from megatron_zeda.evaluation.skip_rate import RoutingRecorder
@@ -22,6 +22,7 @@ __all__ = [
     "evaluate",
     "expert_flops_saved",
     "measure_accuracy",
+    "model_speedup",
     "paired_difference",
     "report",
     "score_rollouts",

@@ -15,7 +15,8 @@ Keys of the result (those of a measurement that was not asked for are absent):
                                 or the one before NET lowered it
     theoretical_speedup         static over dynamic FLOPs at the mean lengths of the rollouts (prefill, decode, total),
                                 prefill with prompt_saved, decode with response_saved: the shares of the K slots of
-                                config.json that prompt and response tokens do not compute
+                                config.json that prompt and response tokens do not compute; by_length: the same of
+                                a prefill, and of a decode, of that many tokens
     perplexity                  of the held-out text; perplexity_tokens
     inputs                      the files that were read, how much of them, who made the rollouts; teacher
     seconds                     per measurement
@@ -38,7 +39,7 @@ import torch
 import megatron_zeda
 from megatron_zeda.errors import InputError
 from megatron_zeda.evaluation.accuracy import measure_accuracy, outcomes_of
-from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, theoretical_speedup
+from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, model_speedup, speedup_by_length
 from megatron_zeda.evaluation.scoring import check_ids, read_texts, score_rollouts, score_text
 from megatron_zeda.models import teacher_topk
 from megatron_zeda.rollout.engine import Request, Sampling
@@ -248,14 +249,11 @@ def _savings(
         "prompt_tokens": max(1, round(scores["prompt_tokens"] / count) + 1),
         "response_tokens": max(1, round(scores["response_tokens"] / count)),
     }
-    found = theoretical_speedup(
-        ModelShape.from_hf_config(engine.config),
-        prompt_skip_rate=speedup["prompt_saved"],
-        response_skip_rate=speedup["response_saved"],
-        prompt=speedup["prompt_tokens"],
-        response=speedup["response_tokens"],
-    )
-    return {"expert_flops_saved": saved, "theoretical_speedup": {**found, **speedup}}
+    shape = ModelShape.from_hf_config(engine.config)
+    rates = {"prompt_skip_rate": speedup["prompt_saved"], "response_skip_rate": speedup["response_saved"]}
+    found = model_speedup(shape, **rates, prompt=speedup["prompt_tokens"], response=speedup["response_tokens"])
+    by_length = speedup_by_length(shape, **rates)
+    return {"expert_flops_saved": saved, "theoretical_speedup": {**found, **speedup, "by_length": by_length}}
 
 
 def _describe(engine: TransformersEngine) -> dict[str, Any]:

@@ -101,13 +101,20 @@ def _savings(built: Mapping[str, Any]) -> str:
     found = built["theoretical_speedup"]
     if not found:
         return ""
-    return (
+    text = (
         f"By the paper's FLOP model, a layer of the student needs {found['total']:.2f} times fewer FLOPs than "
         f"its static form (prefill {found['prefill']:.2f} at {found['prompt_tokens']} prompt tokens that skip "
         f"{_percent(found.get('prompt_saved'))}, decode {found['decode']:.2f} at {found['response_tokens']} response "
         f"tokens that skip {_percent(found.get('response_saved'))}). "
         "That is a bound from counting, not a measured speed."
     )
+    return f"{text}\n\n{speedup_table(found['by_length'])}" if found.get("by_length") else text
+
+
+def speedup_table(by_length: Sequence[Mapping[str, float]]) -> str:
+    """Return what :func:`megatron_zeda.evaluation.flops.speedup_by_length` found as Markdown."""
+    rows = [[f"{row['seq_length']:,}", f"{row['prefill']:.3f}", f"{row['decode']:.3f}"] for row in by_length]
+    return _table(["static / dynamic FLOPs, tokens", "prefill of them", "decode of them"], rows)
 
 
 def _training(built: Mapping[str, Any], key: str = "training") -> str:

@@ -88,6 +88,10 @@ def test_the_student(files: dict[str, Path], tiny_static: Path, tiny_dynamic: Pa
     decode = static.decode_flops(response, prefix=prompt)
     decode /= shape.decode_flops(response, found["skip_rate"], prefix=prompt)
     assert speedup["prefill"] == pytest.approx(prefill) and speedup["decode"] == pytest.approx(decode)
+    row = speedup["by_length"][0]
+    assert row["seq_length"] == 1024
+    assert row["prefill"] == static.prefill_flops(1024) / shape.prefill_flops(1024, found["skip_rate_prompt"])
+    assert row["decode"] == static.decode_flops(1024) / shape.decode_flops(1024, found["skip_rate"])
     assert found["model"]["num_zero_experts"] == 4
     assert set(found["seconds"]) == {"load", "accuracy", "rollouts", "text"}
 

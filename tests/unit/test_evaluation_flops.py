@@ -11,7 +11,14 @@ from checkpoints import load_hf_model, make_hf
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_zeda.conversion import inject_zero_experts
-from megatron_zeda.evaluation.flops import ModelShape, expert_flops_saved, theoretical_speedup
+from megatron_zeda.errors import InputError
+from megatron_zeda.evaluation.flops import (
+    ModelShape,
+    expert_flops_saved,
+    model_speedup,
+    speedup_by_length,
+    theoretical_speedup,
+)
 from megatron_zeda.evaluation.skip_rate import RoutingRecorder
 from megatron_zeda.models import load_hf_config
 
@@ -97,13 +104,13 @@ def test_prefill_is_what_torch_counts(tmp_path: Path, family: str) -> None:
 
 
 def speedup(shape: ModelShape, skip_rate: float, *, prompt: int, response: int) -> dict[str, float]:
-    return theoretical_speedup(
+    return model_speedup(
         shape, prompt_skip_rate=skip_rate, response_skip_rate=skip_rate, prompt=prompt, response=response
     )
 
 
 def test_prefill_and_decode_have_their_own_skip_rates() -> None:
-    found = theoretical_speedup(QWEN, prompt_skip_rate=0.8, response_skip_rate=0.3, prompt=50, response=20)
+    found = model_speedup(QWEN, prompt_skip_rate=0.8, response_skip_rate=0.3, prompt=50, response=20)
     assert found["prefill"] == speedup(QWEN, 0.8, prompt=50, response=20)["prefill"]
     assert found["decode"] == speedup(QWEN, 0.3, prompt=50, response=20)["decode"]
     static = QWEN.static()
@@ -147,3 +154,55 @@ def test_speedup_of_nothing_skipped_is_the_price_of_the_wider_router() -> None:
 def test_expert_flops_saved() -> None:
     assert expert_flops_saved(real_rows=30, tokens=10, topk=4) == 0.25
     assert expert_flops_saved(real_rows=40, tokens=10, topk=4) == 0.0
+
+
+LAYER: dict[str, Any] = {
+    "hidden_size": 2,
+    "attention_size": 4,
+    "kv_ratio": 0.5,
+    "expert_size": 3,
+    "num_experts": 4,
+    "num_zero_experts": 2,
+    "topk": 2,
+    "skip_rate": 0.5,
+    "seq_length": 3,
+    "stage": "prefill",
+}
+
+
+def test_the_papers_layer_by_hand() -> None:
+    # Experts 216 or 108, router 48 or 72, projections 144; scores 144 in prefill, 48 in decode.
+    assert theoretical_speedup(**LAYER) == (216 + 48 + 144 + 144) / (108 + 72 + 144 + 144)
+    assert theoretical_speedup(**LAYER | {"stage": "decode"}) == (216 + 48 + 144 + 48) / (108 + 72 + 144 + 48)
+    assert theoretical_speedup(**LAYER | {"skip_rate": 0.0, "num_zero_experts": 0}) == 1.0
+    assert theoretical_speedup(**LAYER | {"skip_rate": 0.0}) == (216 + 48 + 288) / (216 + 72 + 288)
+
+
+def test_the_papers_layer_at_the_size_of_qwen() -> None:
+    """The paper's shape and skip rate; a model of 48 such layers gives the same."""
+    sizes = {"hidden_size": 2048, "attention_size": 4096, "kv_ratio": 1 / 8, "expert_size": 768}
+    sizes |= {"num_experts": 128, "num_zero_experts": 64, "topk": 8, "skip_rate": 0.512}
+    prefill, decode = (theoretical_speedup(**sizes, seq_length=8192, stage=stage) for stage in ("prefill", "decode"))
+    # Per token, in MFLOP: experts 75.497, router 0.524 or 0.786, projections 37.749, scores 134.218 or half of it.
+    assert prefill == pytest.approx((75.497 + 0.524 + 37.749 + 134.218) / (36.843 + 0.786 + 37.749 + 134.218), abs=1e-5)
+    assert decode == pytest.approx((75.497 + 0.524 + 37.749 + 67.101) / (36.843 + 0.786 + 37.749 + 67.101), abs=1e-5)
+    (row,) = speedup_by_length(QWEN, prompt_skip_rate=0.512, response_skip_rate=0.512, lengths=[8192])
+    assert row == pytest.approx({"seq_length": 8192, "prefill": prefill, "decode": decode}, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("skip_rate", 1.5),
+        ("skip_rate", -0.1),
+        ("skip_rate", float("nan")),
+        ("stage", "training"),
+        ("seq_length", 0),
+        ("kv_ratio", 8),
+        ("topk", 5),
+        ("num_zero_experts", -1),
+    ],
+)
+def test_what_the_papers_layer_refuses(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name}: out of range"):
+        theoretical_speedup(**LAYER | {name: value})

@@ -53,6 +53,7 @@ def evaluation(name: str) -> dict[str, Any]:
     if name == "student":
         speedup = {"prefill": 1.2, "decode": 1.3, "total": 1.25, "prompt_tokens": 7, "response_tokens": 5}
         speedup |= {"prompt_saved": 0.75, "response_saved": 0.5}
+        speedup["by_length"] = [{"seq_length": 8192, "prefill": 1.184, "decode": 1.2696}]
         result["theoretical_speedup"] = speedup
     return result
 
@@ -232,10 +233,50 @@ def test_a_repeated_step_counts_once_and_a_torn_line_not_at_all(run_dir: Path) -
     ]
 
 
-def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def command(*words: str) -> int:
     parser = argparse.ArgumentParser()
     report_cli.add_arguments(parser)
-    assert report_cli.run(parser.parse_args([str(run_dir), "--json"])) == 0
+    return report_cli.run(parser.parse_args(list(words)))
+
+
+def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(str(run_dir), "--json") == 0
     assert json.loads(capsys.readouterr().out) == json.loads((run_dir / "report.json").read_text())
-    assert report_cli.run(parser.parse_args([str(run_dir)])) == 0
-    assert capsys.readouterr().out == f"{run_dir / 'report.md'}\n"
+    assert command(str(run_dir)) == 0
+    printed = capsys.readouterr().out
+    assert "| 8,192 | 1.184 | 1.270 |" in printed and printed.endswith(f"\n{run_dir / 'report.md'}\n")
+    assert "| 8,192 | 1.184 | 1.270 |" in (run_dir / "report.md").read_text()
+
+
+def test_the_speedup_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Hugging Face folder, and the same inside a Megatron folder."""
+    from test_evaluation_flops import QWEN, QWEN_CONFIG
+
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(QWEN_CONFIG))
+    options = ["--skip-rate", "0.5", "--prompt-skip-rate", "0.25", "--seq-length", "100", "--json"]
+    for folder in (tmp_path / "hf", tmp_path):
+        assert command("--model", str(folder), *options) == 0
+        found = json.loads(capsys.readouterr().out)
+        (row,) = found["by_length"]
+        static = QWEN.static()
+        assert row["prefill"] == pytest.approx(static.prefill_flops(100) / QWEN.prefill_flops(100, 0.25))
+        assert row["decode"] == pytest.approx(static.decode_flops(100) / QWEN.decode_flops(100, 0.5))
+    assert command("--model", str(tmp_path), "--skip-rate", "0.512") == 0
+    printed = capsys.readouterr().out
+    assert "8 of 128 and 64 zero experts" in printed and "| 32,768 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ([], "either RUN_DIR or --model"),
+        (["run", "--model", "folder"], "either RUN_DIR or --model"),
+        (["run", "--skip-rate", "0.5"], "--skip-rate: goes with --model only"),
+        (["--model", "folder"], "--skip-rate: missing"),
+        (["--model", "absent", "--skip-rate", "0.5"], "no such folder"),
+    ],
+)
+def test_what_the_command_refuses(words: list[str], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        command(*words)
