@@ -144,7 +144,8 @@ def curve(path: Path) -> dict[str, Any] | None:
     """What the held-out batches showed during training, against the response tokens that the student sampled so far.
 
     Returns:
-        `steps`, `sampled_tokens` of all of them (0 in stage 1) and `points`; None for a run that trained nothing.
+        `steps`, `sampled_tokens` of all of them (0 in stage 1), `points`, and `skip_rates` of the training batches, one
+        for each step; None for a run that trained nothing.
     """
     if not path.is_file():
         return None
@@ -158,7 +159,8 @@ def curve(path: Path) -> dict[str, Any] | None:
         seen = steps[step].get("validation")
         if seen:
             points.append({"step": step, "sampled_tokens": sampled} | scalars(seen))
-    return {"steps": max(steps), "sampled_tokens": sampled, "points": points}
+    rates = [steps[step].get("skip_rate") for step in sorted(steps)]
+    return {"steps": max(steps), "sampled_tokens": sampled, "points": points, "skip_rates": rates}
 
 
 def sampled_tokens(step: dict[str, Any]) -> int:

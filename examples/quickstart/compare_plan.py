@@ -21,11 +21,13 @@ QUICKSTART_HELD_OUT_FACTS = 1000
 WEIGHT = 2.5
 SKIP_RATE = 8 * WEIGHT / (16 + 8 * WEIGHT)
 SWEEP = (1.0, 1.5, 4.0)
+# What the controller of w is asked to hold, and its speed: docs/methods.md's rule for 50 steps.
+CONTROLLED_RATE, GAIN = 0.5, 0.02
 LOGIT_BIASES = (-1.0, -0.5, 0.5, 1.0)
 
 # Over the quickstart's stage1.yaml and stage2.yaml.
-STAGE1 = ("train.train_iters=250", "validation.eval_interval=50")
-STAGE2 = ("train.train_iters=60", "validation.eval_interval=5")
+STAGE1 = ("train.train_iters=150", "validation.eval_interval=50")
+STAGE2 = ("train.train_iters=50", "validation.eval_interval=5")
 FORWARD_KL = ("distillation.cross_entropy=0.0", "distillation.forward_kl=1.0")
 CROSS_ENTROPY = ("distillation.cross_entropy=1.0", "distillation.forward_kl=0.0")
 
@@ -80,6 +82,11 @@ def weight(w: float) -> tuple[str, ...]:
     return (f"zero_experts.weight={w}",)
 
 
+def controlled(rate: float) -> tuple[str, ...]:
+    """Let the controller move w until the measured skip rate is there."""
+    return (*target(rate), f"zero_experts.skip_rate_gain={GAIN}")
+
+
 def method(name: str) -> tuple[str, ...]:
     """Train one of the other methods with zero (or identity) experts."""
     return (f"zero_experts.method={name}",)
@@ -106,7 +113,7 @@ def controls() -> list[Run]:
 
 
 def methods(seed: int) -> list[Run]:
-    """Stage 1 and stages 1 + 2 of every method, the w sweep, and NET with other K."""
+    """Stage 1 and stages 1 + 2 of every method, the w sweep, the controller of w, and NET with other K."""
     static = partial(Run, seed=seed, zero_experts=False)
     runs = [
         Run("zeda", seed, biases=LOGIT_BIASES),
@@ -118,6 +125,7 @@ def methods(seed: int) -> list[Run]:
         Run("adamoe_2", seed, stage=2, start="adamoe", settings=method("adamoe")),
     ]
     runs += [Run(f"zeda_w{w}", seed, settings=weight(w)) for w in SWEEP]
+    runs.append(Run("zeda_controlled", seed, settings=controlled(CONTROLLED_RATE)))
     runs += [static(f"net_{rate}", settings=static_method("net", rate)) for rate in (0.25, 0.75)]
     return runs
 

@@ -59,6 +59,7 @@ def build(found: Mapping[str, Result]) -> dict[str, Any]:
     return {
         "labels": {label: spread([rows[name] for name in names]) for label, names in labels.items()},
         "dial": {str(bias): spread(points) for bias, points in sorted(dial.items())},
+        "controller": [settled(result) for result in found.values() if result["run"]["label"] == "zeda_controlled"],
         "tokens_to_the_same_kl": tokens_ratios(found),
         "curves": curves(found),
         "runs": {name: {"run": result["run"], **rows[name]} for name, result in found.items()},
@@ -84,6 +85,25 @@ def measured(evaluation: Mapping[str, Any], topk: int) -> dict[str, Any]:
         "saved": response,
         "saved_prompt": prompt,
         "saved_all": (response * tokens[0] + prompt * tokens[1]) / sum(tokens),
+    }
+
+
+def settled(result: Result) -> dict[str, Any]:
+    """How a run with the controller of w keeps its target: the training batches' skip rate in the last third.
+
+    `mean` of all of its steps, `low` and `high` of the means of ten steps that follow each other.
+    """
+    rates = result["training"]["skip_rates"]
+    last = rates[len(rates) * 2 // 3 :]
+    tens = [statistics.fmean(last[at : at + 10]) for at in range(0, len(last) - 9, 10)]
+    target = next(word.split("=")[1] for word in result["run"]["settings"] if "target_skip_rate" in word)
+    return {
+        "seed": result["run"]["seed"],
+        "target": float(target),
+        "mean": statistics.fmean(last),
+        "low": min(tens),
+        "high": max(tens),
+        "evaluated": result["evaluation"]["skip_rate"],
     }
 
 
@@ -166,6 +186,17 @@ def markdown(built: Mapping[str, Any]) -> str:
     if built["dial"]:
         lines += ["", head.replace("| |", "| dial |", 1), lines[1]]
         lines += [f"| {float(bias):+g} | {row['seeds']} | {cells(row)} |" for bias, row in built["dial"].items()]
+    if built["controller"]:
+        lines += [
+            "",
+            "| controller, seed | target, % | last third of the steps, % | means of ten steps, % | held out, % |",
+        ]
+        lines.append("|---:|---:|---:|---:|---:|")
+        for row in built["controller"]:
+            target, mean, low, high, held_out = (
+                f"{100 * row[key]:.1f}" for key in ("target", "mean", "low", "high", "evaluated")
+            )
+            lines.append(f"| {row['seed']} | {target} | {mean} | {low} to {high} | {held_out} |")
     for name, ratio in built["tokens_to_the_same_kl"].items():
         if ratio["per_seed"]:
             each = ", ".join("-" if row["ratio"] is None else f"{row['ratio']:.2f}" for row in ratio["per_seed"])

@@ -171,9 +171,20 @@ def test_an_estimator_that_never_gets_below_the_start_has_no_ratio(modules: dict
     assert modules["report"].tokens_to([[0, 0.3], [100, 0.1]], 0.05) is None
 
 
+def test_the_controller_is_judged_by_the_last_third_of_its_steps(modules: dict[str, ModuleType]) -> None:
+    controlled = with_points(result("zeda_controlled", 1, skip=0.48), "", [(0, 0.3)])
+    controlled["run"]["settings"] = ["zero_experts.weight=2.0", "zero_experts.target_skip_rate=0.5"]
+    controlled["training"]["skip_rates"] = [0.1] * 40 + [0.49] * 10 + [0.53] * 10
+    built = modules["report"].build({"teacher": result("teacher", 0), "zeda_controlled.seed1": controlled})
+    (row,) = built["controller"]
+    assert (row["target"], row["low"], row["high"], row["evaluated"]) == pytest.approx((0.5, 0.49, 0.53, 0.48))
+    assert row["mean"] == pytest.approx(0.51)
+    assert "| 1 | 50.0 | 51.0 | 49.0 to 53.0 | 48.0 |" in modules["report"].markdown(built)
+
+
 def test_a_resumed_run_counts_a_repeated_step_once(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     lines = [
-        '{"step": 1, "rollout": {"tokens": 10}, "validation": {"kl_forward": 0.5, "kl_per_layer": [1]}}',
+        '{"step": 1, "skip_rate": 0.4, "rollout": {"tokens": 10}, "validation": {"kl_forward": 0.5, "kl_per": [1]}}',
         '{"step": 2, "rollout": {"tokens": 20}}',
         '{"step": 2, "rollout": {"tokens": 20}, "validation": {"kl_forward": 0.4}}',
     ]
@@ -185,6 +196,7 @@ def test_a_resumed_run_counts_a_repeated_step_once(modules: dict[str, ModuleType
             {"step": 1, "sampled_tokens": 10, "kl_forward": 0.5},
             {"step": 2, "sampled_tokens": 30, "kl_forward": 0.4},
         ],
+        "skip_rates": [0.4, None],
     }
     assert modules["job"].curve(tmp_path / "absent") is None
 
