@@ -50,6 +50,7 @@ def _worker(
     from megatron_zeda import platform
 
     platform.install()
+    _light_checkpoint_helper()
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(hours=1))
     try:
         results[rank] = fn(rank, world_size, *args)
@@ -60,6 +61,17 @@ def _worker(
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _light_checkpoint_helper() -> None:
+    """Start the process through which Megatron-Core's checkpoint writers report to themselves, once for this process.
+
+    By itself a save starts it afresh, and it imports torch again: three seconds for each rank of each launch, more than
+    a small training run. It is forked while this process has one thread only.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    get_write_results_queue("fork")
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
