@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import edit_config, load_hf_model, load_megatron, make_hf, megatron_logits, megatron_model
-from layers import E, F, H, K, Z, dynamic_layer, layer_config, rows_into_experts, tokens
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from torch import Tensor
+from layers import E, H, K, Z, dynamic_layer, layer_config, rows_into_experts, tokens
+from method_equations import BETA, METHODS, SIGMOID, build, equation
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf
 from megatron_zeda.conversion.megatron_io import latest_checkpoint_dir
@@ -32,55 +31,6 @@ from megatron_zeda.zero_experts import (
 from megatron_zeda.zero_experts.router import renormalized
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-SIGMOID: dict[str, Any] = {
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_topk_scaling_factor": 1.8,
-}
-BETA = 0.6
-METHODS: dict[str, dict[str, Any]] = {
-    "adamoe": {"zero_expert_renormalize": True},
-    "copy": {"zero_expert_type": "copy"},
-    "dynamic_skipping": {"num_zero_experts": 0, "dynamic_skipping_beta": BETA},
-    "net": {"num_zero_experts": 0, "moe_router_topk": K // 2, "teacher_router_topk": K},
-}
-
-
-def build(method: str, **changes: Any) -> MoELayer:
-    layer = dynamic_layer(layer_config(zero_expert_balance_coeff=0.0, **METHODS[method] | changes))
-    if layer.router.expert_bias is not None:
-        layer.router.expert_bias.copy_(torch.linspace(-0.2, 0.2, layer.router.weight.shape[0]))
-    return layer
-
-
-def equation(method: str, layer: MoELayer, x_TH: Tensor, gate_GH: Tensor) -> Tensor:
-    """What the method computes, in float64, one expert after the other."""
-    config, router = layer.config, layer.router
-    logits_TG = x_TH @ gate_GH.T
-    if config.moe_router_score_function == "sigmoid":
-        scores_TG = logits_TG.sigmoid()
-        chosen_TK = (scores_TG + router.expert_bias.double()).topk(router.topk).indices
-    else:
-        scores_TG = logits_TG.softmax(-1)
-        chosen_TK = scores_TG.topk(router.topk).indices
-    weights_TG = torch.zeros_like(scores_TG).scatter(1, chosen_TK, scores_TG.gather(1, chosen_TK))
-    if method == "adamoe":
-        weights_TG = weights_TG * (torch.arange(weights_TG.shape[1]) < E)
-    if method == "dynamic_skipping":
-        weights_TG = weights_TG * (weights_TG >= BETA * weights_TG.amax(-1, keepdim=True))
-    weights_TG = weights_TG / weights_TG.sum(-1, keepdim=True).clamp(min=1e-30)
-    weights_TG = weights_TG * (config.moe_router_topk_scaling_factor or 1.0)
-    out_TH = torch.zeros_like(x_TH)
-    parameters = {name: p.detach().double() for name, p in layer.experts.named_parameters()}
-    for expert in range(E):
-        prefix = f"local_experts.{expert}.linear_fc"
-        gate, up = (x_TH @ parameters[f"{prefix}1.weight"].T).split(F, dim=-1)
-        hidden_TF = torch.nn.functional.silu(gate) * up
-        out_TH = out_TH + weights_TG[:, expert, None] * (hidden_TF @ parameters[f"{prefix}2.weight"].T)
-    if method == "copy":
-        out_TH = out_TH + weights_TG[:, E:].sum(-1, keepdim=True) * x_TH
-    return out_TH
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
