@@ -10,10 +10,14 @@ from layers import E, F, K, dynamic_layer, layer_config
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
-SIGMOID: dict[str, Any] = {
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_topk_scaling_factor": 1.8,
+SCORES: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "not normalised": {"moe_router_pre_softmax": True, "moe_router_topk_scaling_factor": 3.0},
+    "sigmoid": {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": 1.8,
+    },
 }
 BETA = 0.6
 METHODS: dict[str, dict[str, Any]] = {
@@ -22,6 +26,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "dynamic_skipping": {"num_zero_experts": 0, "dynamic_skipping_beta": BETA},
     "net": {"num_zero_experts": 0, "moe_router_topk": K // 2, "teacher_router_topk": K},
 }
+
+
+# AdaMoE is for models that normalise their weights.
+PAIRS = [
+    (method, scores) for method in METHODS for scores in SCORES if (method, scores) != ("adamoe", "not normalised")
+]
 
 
 def build(method: str, **changes: Any) -> MoELayer:
@@ -60,7 +70,8 @@ def equation(
     weights_TG = scores_TG * routing_map_TG
     if method == "adamoe":
         weights_TG = weights_TG * (torch.arange(weights_TG.shape[1], device=x_TH.device) < E)
-    weights_TG = weights_TG / weights_TG.sum(-1, keepdim=True).clamp(min=1e-30)
+    if not config.moe_router_pre_softmax:
+        weights_TG = weights_TG / weights_TG.sum(-1, keepdim=True).clamp(min=1e-30)
     weights_TG = weights_TG * (config.moe_router_topk_scaling_factor or 1.0)
     out_TH = torch.zeros_like(x_TH)
     first, second = (

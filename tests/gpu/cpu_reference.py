@@ -1,4 +1,4 @@
-"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py model|glm|runs|glm-runs|wide FOLDER``.
+"""What a CPU computes, for comparison with the GPU: ``python cpu_reference.py WHAT FOLDER``, see ``WRITERS``.
 
 A process of its own, because the CPU adapter refuses to run where a GPU is visible. Compiled packages whose kernels
 need one are hidden too: Megatron-Core takes apex's Adam and its norms of gradients wherever it can import them.
@@ -60,6 +60,28 @@ RUNS: dict[str, dict[str, Any]] = {
     "cpu": {},
     # Fused attention takes packs in 16 bits only.
     "cpu-packs": {"dataset.packing": True, "model.bf16": True},
+}
+# By method: what it changes in a run; K is 4.
+METHODS: dict[str, dict[str, Any]] = {
+    "net": {"zero_experts.method": "net"},
+    "adamoe": {"zero_experts.method": "adamoe"},
+    "copy": {"zero_experts.method": "copy"},
+    "dynamic_skipping": {"zero_experts.method": "dynamic_skipping", "zero_experts.target_skip_rate": 0.4},
+    "router": {
+        "train.trainable": "router",
+        "model.recompute_granularity": "full",
+        "model.recompute_method": "uniform",
+        "model.recompute_num_layers": 1,
+    },
+    "controller": {"zero_experts.balance_tokens": "response", "zero_experts.skip_rate_gain": 2.0},
+}
+# Sizes of linear layers that are multiples of the 128 values which share a scale.
+WIDE_SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+    "initializer_range": 0.1,
 }
 LENGTHS = (40, 64, 24)  # sequences of a pack, 128 tokens in all
 
@@ -212,27 +234,50 @@ def write_glm_runs(folder: Path) -> None:
 
 
 def write_wide(folder: Path) -> None:
-    """Teacher, student and data, every size of a linear layer a multiple of the 128 values that share a scale."""
+    """Teacher, student and data in sizes that FP8 takes."""
     from training_runs import make_run
 
-    make_run(
-        folder,
-        hidden_size=128,
-        head_dim=32,
-        intermediate_size=128,
-        moe_intermediate_size=128,
-        initializer_range=0.1,
-    )
+    make_run(folder, **WIDE_SIZES)
 
+
+def write_on_policy(folder: Path) -> None:
+    """The same with prompts and a tokenizer, for stage 2."""
+    from on_policy_runs import add_prompts
+
+    write_wide(folder)
+    add_prompts(folder)
+
+
+def method_config(folder: Path, name: str, kind: str) -> Any:
+    """Three steps of one of ``METHODS`` in ``folder/name``."""
+    config = run_config(folder, name, {"train.train_iters": 3, **METHODS[kind]})
+    if kind in ("net", "dynamic_skipping"):
+        config.model.checkpoint = str(folder / "teacher")
+    return config
+
+
+def write_methods(folder: Path) -> None:
+    """Teacher, student, data, and the runs of ``METHODS``."""
+    from training_runs import make_run
+
+    from megatron_zeda.training import train
+
+    make_run(folder, num_experts_per_tok=4)
+    for name in METHODS:
+        assert train(method_config(folder, name, name)) == 0
+
+
+WRITERS = {
+    "model": write_model,
+    "glm": write_glm,
+    "runs": write_runs,
+    "glm-runs": write_glm_runs,
+    "wide": write_wide,
+    "on-policy": write_on_policy,
+    "methods": write_methods,
+}
 
 if __name__ == "__main__":
     for package in HIDDEN_PACKAGES:
         sys.modules[package] = None  # type: ignore[assignment]  # importing it fails from here on
-    writers = {
-        "model": write_model,
-        "glm": write_glm,
-        "runs": write_runs,
-        "glm-runs": write_glm_runs,
-        "wide": write_wide,
-    }
-    writers[sys.argv[1]](Path(sys.argv[2]))
+    WRITERS[sys.argv[1]](Path(sys.argv[2]))

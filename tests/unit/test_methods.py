@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import edit_config, load_hf_model, load_megatron, make_hf, megatron_logits, megatron_model
 from layers import E, H, K, Z, dynamic_layer, layer_config, rows_into_experts, tokens
-from method_equations import BETA, METHODS, SIGMOID, build, equation
+from method_equations import BETA, METHODS, PAIRS, SCORES, build, equation
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf
 from megatron_zeda.conversion.megatron_io import latest_checkpoint_dir
@@ -34,10 +34,9 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
-@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "scores"), PAIRS)
 def test_a_layer_is_its_equation_and_so_are_its_gradients(method: str, scores: str, dispatcher: str) -> None:
-    layer = build(method, moe_token_dispatcher_type=dispatcher, **(SIGMOID if scores == "sigmoid" else {}))
+    layer = build(method, moe_token_dispatcher_type=dispatcher, **SCORES[scores])
     hidden = tokens()
     ours, _ = layer(hidden)
     x_TH = hidden.detach().reshape(-1, H).double().requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tiny_hf import VOCABULARY
 
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.rollout import Request, Response, Sampling, TransformersEngine
-from megatron_zeda.rollout.decode import decode, draws, left_pad, pick_tokens
+from megatron_zeda.rollout.decode import Rows, decode, draws, left_pad, pick_tokens
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
@@ -90,6 +91,18 @@ def test_a_row_keeps_its_random_numbers_when_a_run_goes_on(
     assert [r.ids for r in rest] == whole[4:]
     assert draws(4, 7, 3).tolist() == draws(4, 7, 9)[:3].tolist()
     assert draws(4, 7, 3).tolist() != draws(4, 8, 3).tolist()
+
+
+def test_every_token_has_a_random_number_of_its_own() -> None:
+    """Of equally probable tokens the draw names one: the first, second, ... number of the row."""
+    rows = Rows([[5], [6, 7]], sampling=Sampling(max_new_tokens=4, seed=2), rows=[9, 3], eos_ids=[], context=8)
+    active = [0, 1]
+    while active:
+        tokens, logprobs = rows.pick(torch.zeros(len(active), 1000), active)
+        assert logprobs.tolist() == pytest.approx([-math.log(1000)] * len(active))
+        active = [row for row, token in zip(active, tokens.tolist(), strict=True) if rows.add(row, token, 0.0)]
+    for response, row in zip(rows.responses, (9, 3), strict=True):
+        assert response.ids == (1000 * draws(2, row, 4)).astype(int).tolist() and len(set(response.ids)) == 4
 
 
 def test_samples_have_the_models_probabilities() -> None:
