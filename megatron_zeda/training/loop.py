@@ -26,12 +26,8 @@ from megatron_zeda.training import teacher as teachers
 from megatron_zeda.training.checkpoint import Progress
 from megatron_zeda.training.engines import build_rollouts
 from megatron_zeda.training.metrics import Metrics
-from megatron_zeda.training.on_policy import (
-    Counts,
-    Interrupted,
-    check_engine,
-    rollout_values,
-)
+from megatron_zeda.training.on_policy import Interrupted
+from megatron_zeda.training.responses import Counts, check_engine, rollout_values
 from megatron_zeda.training.rollout_files import first_weights, next_weights
 from megatron_zeda.training.signals import StopRequest
 from megatron_zeda.training.step import StepResult, no_step, train_step

@@ -18,14 +18,8 @@ from megatron_zeda.data import BatchBuilder, BatchLayout, PackedBatchBuilder
 from megatron_zeda.errors import ZedaError
 from megatron_zeda.rollout.engine import Request, Response, Sampling
 from megatron_zeda.rollout.files import Prompt, read_rollouts
-from megatron_zeda.training.on_policy import (
-    Interrupted,
-    PromptOrder,
-    PromptSet,
-    Rollouts,
-    to_batch,
-    to_samples,
-)
+from megatron_zeda.training.on_policy import Interrupted, PromptOrder, PromptSet, Rollouts
+from megatron_zeda.training.responses import to_batch, to_samples
 from megatron_zeda.training.rollout_files import next_weights, steps_of, weights_version
 
 VOCABULARY = 50
