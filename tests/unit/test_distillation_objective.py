@@ -210,8 +210,8 @@ def test_no_tokens_and_no_gradient() -> None:
 
 
 def test_sums_of_micro_batches() -> None:
-    first, second = torch.arange(10.0), torch.arange(10.0).flip(0)
-    assert combine_sums([first, second]).tolist() == [9.0] * 9 + [9.0]
+    first, second = torch.arange(10.0), torch.arange(1.0, 11.0).flip(0)
+    assert combine_sums([first, second]).tolist() == [10.0] * 9 + [9.0]
     assert SUM_NAMES[-1] == "logprob_gap_max" and len(SUM_NAMES) == 10
 
 

@@ -26,6 +26,7 @@ from megatron_zeda.zero_experts import (
     draw_zero_rows,
     masked_zero_experts,
     router_statistics,
+    set_zero_expert_weight,
     unsupported_settings,
 )
 from megatron_zeda.zero_experts.router import renormalized
@@ -100,6 +101,21 @@ def test_beta_is_a_quantile_of_the_ratios() -> None:
     histogram.add(ratios_TK, torch.tensor([True, True, False]))
     for skip_rate, low, high in ((0.25, 0.2, 0.25), (0.5, 0.3, 0.5), (0.0, 0.0, 0.125), (0.99, 0.9, 1.0)):
         assert low < histogram.beta_for(skip_rate) < high, skip_rate
+
+
+def test_the_controllers_w_is_that_of_the_loss() -> None:
+    """A layer whose w was moved has the balancing gradient of one that was built with it."""
+    gradients = []
+    for built, moved in ((2.0, 2.0), (2.0, 5.0), (5.0, 5.0)):
+        torch.manual_seed(0)
+        layer = dynamic_layer(layer_config(zero_expert_balance_coeff=0.5, zero_expert_weight=built))
+        set_zero_expert_weight([layer], moved)
+        (0.0 * layer(tokens(requires_grad=False))[0].sum()).backward()
+        gradients.append(layer.router.weight.grad)
+    fixed, controlled, wanted = gradients
+    assert torch.equal(controlled, wanted) and (fixed - wanted).norm() > 0.1 * wanted.norm()
+    with pytest.raises(ValueError, match="positive"):
+        set_zero_expert_weight([layer], 0.0)
 
 
 def test_the_controllers_equation() -> None:

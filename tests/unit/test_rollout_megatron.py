@@ -94,9 +94,15 @@ def test_the_model_is_as_it_was_afterwards(megatron: None, folders: tuple[Path, 
     engine = build(folders)
     (model,) = engine.chunks
     model.train()
+    model.config.fp8 = "hybrid"  # not for the few rows of a batch
     router_statistics([model])
     ids = torch.tensor([[7, 8, 9, 10]])
+    seen: list[tuple[bool, Any]] = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append((model.training, model.config.fp8)))
     engine.generate([Request([7, 8, 9], 0)], GREEDY)
+    handle.remove()
+    assert set(seen) == {(False, None)} and model.config.fp8 == "hybrid"
+    model.config.fp8 = None
     assert model.training and all(module.training for module in model.modules())
     assert all(sum(found) == 0 for found in [router_statistics([model]).num_selections])
     for router in (module for module in model.modules() if hasattr(module, "counting")):
@@ -155,7 +161,13 @@ def test_logits_that_are_not_finite_fail_the_response(megatron: None, folders: t
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("context_parallel_size", 2), ("moe_expert_capacity_factor", 1.0), ("flash_decode", True)]
+    ("name", "value"),
+    [
+        ("context_parallel_size", 2),
+        ("moe_expert_capacity_factor", 1.0),
+        ("cuda_graph_impl", "local"),
+        ("flash_decode", True),
+    ],
 )
 def test_settings_that_cannot_generate_are_refused(
     megatron: None, folders: tuple[Path, Path], name: str, value: Any

@@ -15,7 +15,7 @@ from completions_server import CompletionsServer, serving, transformers_completi
 from tiny_hf import VOCABULARY
 
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.rollout import Codec, Request, Response, Sampling, TransformersEngine
+from megatron_zeda.rollout import Codec, Request, Response, Sampling, TransformersEngine, openai_engine
 from megatron_zeda.rollout.hf_folder import load_model, read_config
 from megatron_zeda.rollout.openai_engine import OpenAIEngine
 
@@ -238,6 +238,28 @@ def _cut(tokens: int) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
+def _stop_at_the_limit(answer: dict[str, Any]) -> None:
+    """The sixth of six tokens ends the response, and the server counts before it looks."""
+    choice = _choice(answer)
+    choice["finish_reason"] = "length"
+    choice["token_ids"][:] = [5, 6, 7, 8, 10, 9]
+    choice["logprobs"]["token_logprobs"][:] = [5e-4] * 6  # above 0 by rounding
+
+
+def test_a_token_that_ends_a_response_at_its_limit_ends_it(server: CompletionsServer, codec: Codec) -> None:
+    engine = connect(server, codec)
+    server.edit = _stop_at_the_limit
+    (response,) = engine.generate(requests(1), GREEDY)
+    assert response.finish_reason == "stop" and response.logprobs == [0.0] * 6
+
+
+def _too_many(answer: dict[str, Any]) -> None:
+    choice = _choice(answer)
+    choice["finish_reason"] = "length"
+    choice["token_ids"][:] = [5, 6, 7, 8, 10, 11, 12]
+    choice["logprobs"]["token_logprobs"][:] = [-1.0] * 7
+
+
 def _go_on(answer: dict[str, Any]) -> None:
     choice = _choice(answer)
     choice["finish_reason"] = "length"
@@ -258,6 +280,7 @@ def _go_on(answer: dict[str, Any]) -> None:
         (_drop_last, "the token that ended the response is missing"),
         (_cut(0), "a response without tokens"),
         (_cut(1), "cut after 1 tokens, of 6 that were asked for"),
+        (_too_many, "7 tokens, more than the 6 that were asked for"),
         (_go_on, "goes on after a token that ends it"),
     ],
 )
@@ -309,3 +332,31 @@ def test_the_context_is_the_smaller_one(server: CompletionsServer, codec: Codec)
     long, short = engine.generate([Request([7] * 10, 0), Request([7] * 8, 1)], GREEDY)
     assert long.error is not None and "leaves no room" in long.error
     assert len(short.ids) <= 2
+    server.models[0]["max_model_len"] = 96
+    small = Codec(codec.folder, read_config(codec.folder), context=20)
+    assert (engine.context, connect(server, small).context) == (10, 20)
+
+
+def test_no_more_requests_than_asked_for_are_under_way(codec: Codec) -> None:
+    """And they carry the key."""
+    now, most, keys = [0], [0], set[str | None]()
+    lock = threading.Lock()
+
+    def send(method: str, url: str, body: Any, seconds: float, key: str | None = None) -> Any:
+        keys.add(key)
+        if method == "GET":
+            return {"data": [{"id": "tiny"}]}
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        threading.Event().wait(0.02)
+        with lock:
+            now[0] -= 1
+        names = {"token_logprobs": [-1.0], "tokens": ["token_id:7"]}
+        return {"choices": [{"finish_reason": "length", "logprobs": names, "token_ids": [7]}]}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai_engine, "send_json", send)
+        engine = OpenAIEngine("http://localhost", codec, vocab_size=47, concurrency=3, api_key="secret")
+        found = engine.generate(requests(24), Sampling(max_new_tokens=1))
+    assert errors(found) == [None] * 24 and 1 < most[0] <= 3 and keys == {"secret"}

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_zeda.errors import InputError
 from megatron_zeda.evaluation.scoring import score_rollouts
 from megatron_zeda.rollout.files import Rollout
 from megatron_zeda.rollout.hf_folder import load_model
-from megatron_zeda.training import train
+from megatron_zeda.training import loop, train
 from megatron_zeda.zero_experts import controlled_weight
 
 pytestmark = pytest.mark.slow  # whole training runs: `make test`, not `make check`
@@ -71,6 +72,14 @@ def test_what_a_method_trains_is_what_its_export_computes(root: Path, method: st
         assert keys["zeda_dynamic_skipping_beta"] == calibration["beta"]
         assert calibration["skip_rate"] == pytest.approx(0.4, abs=0.01)
         assert 0.25 < found.skip_rate < 0.55  # on other tokens
+        first = rollouts(root / "train.jsonl")[: 3 * 8]  # three global batches, every token that is read, both layers
+        read = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in first]
+        assert calibration["tokens"] == sum(prompt + response - 1 for prompt, response in read)
+        config.zero_experts.balance_tokens, config.checkpoint.export_hf = "response", False
+        config.logger.run_dir = str(root / "skipping-responses")
+        assert train(config) == 0
+        again = json.loads((config.run_dir / "calibration.json").read_text())
+        assert again["tokens"] == sum(response for _, response in read) and again["beta"] != calibration["beta"]
         return
     outcome = metrics(config)[-1]["validation"]
     assert found.kl_to_teacher == pytest.approx(outcome["kl_forward"], rel=1e-4)
@@ -130,6 +139,22 @@ def test_the_controller_moves_w_and_survives_a_kill(root: Path) -> None:
     assert train(killed) == 0
     keys = ("loss", "skip_rate", "zero_expert_weight", "grad_norm")
     assert [[line[key] for key in keys] for line in metrics(killed)] == [[line[key] for key in keys] for line in lines]
+
+
+def test_a_step_that_changes_nothing_does_not_move_w(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = loop.train_step, itertools.count(1)
+
+    def second_one_is_broken(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        return replace(result, updated=False) if next(calls) == 2 else result
+
+    monkeypatch.setattr(loop, "train_step", second_one_is_broken)
+    config = config_for(root, "zeda", "controlled-broken")
+    config.zero_experts.skip_rate_gain, config.zero_experts.target_skip_rate = 2.0, 0.6
+    config.checkpoint.export_hf, config.dataset.validation, config.teacher.checkpoint = False, [], None
+    assert train(config) == 0
+    first, second, third = (line["zero_expert_weight"] for line in metrics(config))
+    assert first != second == third
 
 
 def test_only_routers_are_trained(root: Path) -> None:

@@ -100,6 +100,16 @@ def test_every_response_is_trained_on_or_counted() -> None:
     assert (counts.tokens, counts.mean_length, counts.staleness) == (15, 3.0, 0)
 
 
+def test_routing_is_cut_where_the_tokens_are() -> None:
+    """What is read: all tokens of the sample but the last."""
+    prompt, response = RESPONSES[-1]
+    routing = np.arange(9 * 2 * 3).reshape(9, 2, 3)
+    whole = Response(response.ids, response.logprobs, "stop", weights_version=5, routing=routing)
+    (sample,), _ = to_samples([(prompt, whole)], stage_2(), step=5, vocab_size=VOCABULARY, where="step 6")
+    assert sample.routing is not None and len(sample.tokens) == 9 and sample.logprobs is not None
+    assert sample.routing.tolist() == routing[:8].tolist() and len(sample.logprobs) == 9
+
+
 def test_cut_responses_are_dropped_where_that_is_asked_for() -> None:
     config = stage_2(max_staleness=2, cut_responses="drop")
     samples, counts = to_samples(RESPONSES, config, step=5, vocab_size=VOCABULARY, where="step 6")
