@@ -23,6 +23,7 @@ token's largest weight leave with weight 0, and a model that normalises its weig
 less, ``-inf`` gives the model without zero experts.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.integrations import moe as stock_moe
 
 
 def zero_expert_settings(config: Any, num_experts: int) -> tuple[int, float]:
@@ -159,33 +161,79 @@ class SigmoidRouter(ZeroExpertRows):
         return logits, *self.finish(weights, chosen, torch.float)
 
 
+def _stock_grouped_mm() -> Any:
+    """transformers' product of sorted rows with their experts' matrices; None in releases where it looks otherwise.
+
+    It knows which devices, dtypes and versions of torch have a kernel, and what to do on the others.
+    """
+    found = getattr(stock_moe, "_grouped_mm", None)
+    suits = found is not None and list(inspect.signature(found).parameters) == ["input", "weight", "offs"]
+    return found if suits else None
+
+
+GROUPED_MM = _stock_grouped_mm()
+WORTHWHILE = 7 / 8
+"""Where kept slots have to be copied before the stock code runs: the largest share of them for which that pays."""
+
+
 class SkippingExperts:
     """Mixed into the stock experts, N of them: slots of weight 0 are dropped before any expert runs.
 
-    The kept (token, expert) pairs are handed on as top-1 tokens, so every ``experts_implementation`` skips them. Under
-    torch.compile and CUDA graph capture, where shapes must not depend on data, all K slots are computed: the same
-    result without the saving. A slot of negative weight is an identity expert's.
+    With ``experts_implementation="grouped_mm"`` (the default) the kept slots go through the same two grouped products
+    as in the stock code, with fewer copies around them: nothing skipped costs no more than there. Any other
+    implementation gets the kept (token, expert) pairs as top-1 tokens, unless nearly all are kept. Under torch.compile
+    and CUDA graph capture, where shapes must not depend on data, all K slots are computed: the same result without the
+    saving. A slot of negative weight is an identity expert's.
     """
 
     copies = False
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         run: Any = super().forward  # type: ignore[misc]
-        copied = None
+        copied: Any = 0.0
         if self.copies:
             copied = top_k_weights.clamp(max=0.0).sum(-1, keepdim=True).float().neg() * hidden_states.float()
             top_k_weights = top_k_weights.clamp(min=0.0)
         if torch.compiler.is_compiling() or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
             out = run(hidden_states, top_k_index, top_k_weights)
-            return out if copied is None else (out.float() + copied).to(out.dtype)
+        else:
+            out = self.run_kept(run, hidden_states, top_k_index, top_k_weights)
+        return (out.float() + copied if self.copies else out).to(hidden_states.dtype)
+
+    def run_kept(
+        self: Any, run: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What the slots of weight above 0 add up to, ``[T, D]``."""
         token, slot = torch.nonzero(top_k_weights, as_tuple=True)
-        out = torch.zeros_like(hidden_states, dtype=torch.float) if copied is None else copied
-        if token.numel():
-            pairs = run(hidden_states[token], top_k_index[token, slot, None], top_k_weights[token, slot, None])
-            out = out.index_add(0, token, pairs.float())
-        return out.to(hidden_states.dtype)
+        grouped = self.config._experts_implementation == "grouped_mm" and GROUPED_MM is not None
+        if not token.numel():
+            return torch.zeros_like(hidden_states)
+        if not grouped and token.numel() > WORTHWHILE * top_k_weights.numel():
+            return run(hidden_states, top_k_index, top_k_weights)
+        ids, weights = top_k_index[token, slot], top_k_weights[token, slot]
+        if grouped:
+            rows, place = self.run_sorted(hidden_states, token, ids, weights)
+        else:
+            rows = run(hidden_states[token], ids[:, None], weights[:, None])
+            place = torch.arange(token.numel(), device=token.device)
+        # One sum per token, in float32 and always in the same order, which index_add on a GPU would not promise.
+        first = torch.searchsorted(token, torch.arange(len(hidden_states), device=token.device))
+        return nn.functional.embedding_bag(place, rows, first, mode="sum")
+
+    def run_sorted(
+        self: Any, hidden_states: torch.Tensor, token: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each pair ``token, ids, weights [P]`` through its expert: rows ``[P, D]`` and the row of every pair."""
+        ids, order = ids.sort()
+        experts = torch.arange(len(self.gate_up_proj), device=ids.device)
+        ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
+        rows = GROUPED_MM(hidden_states[token[order]], self.gate_up_proj.transpose(-2, -1), ends)
+        gate, up = rows.chunk(2, dim=-1)
+        rows = GROUPED_MM(self.act_fn(gate) * up, self.down_proj.transpose(-2, -1), ends)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return rows * weights[order, None], place
 
 
 class AnyExpertsImplementation:

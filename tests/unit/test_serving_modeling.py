@@ -335,5 +335,5 @@ def test_the_files_stand_alone(case: SimpleNamespace) -> None:
                 assert f"{node.module}.py" in case.family.modeling_files
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 imported = getattr(node, "module", None) or node.names[0].name
-                assert imported.split(".")[0] in {"typing", "torch", "transformers"}
+                assert imported.split(".")[0] in {"inspect", "typing", "torch", "transformers"}
     assert json.loads((case.dynamic / "config.json").read_text())["zeda_zero_logit_bias"] == 0.0
