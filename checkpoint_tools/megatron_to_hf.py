@@ -24,6 +24,7 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         hf_config=args.hf_config,
         format=args.format,
         interleave=args.interleave,
+        quantize=args.quantize,
         base_model=args.base_model,
         card_metrics=args.card_metrics,
         shard_bytes=file_bytes(args),
@@ -33,10 +34,16 @@ def _work(args: argparse.Namespace) -> tuple[int, dict[str, Any], list[str]]:
         return int(not result["fits"]), result, report_lines(result)
     lines = [f"{args.hf}: iteration {result['iteration']}, {size_of(result)}, verified"]
     if result["num_zero_experts"]:
-        extra = f"{result['extra_bytes']:,} bytes more than zeda" if result["extra_bytes"] else "no extra bytes"
-        lines.append(f"{result['export_format']}: {extra}; what serving it saves: {result['saves']}")
+        lines.append(f"{result['export_format']}: {_extra(result)}; what serving it saves: {result['saves']}")
     lines += [f"{result['export_format']} is not exactly this model everywhere: {note}" for note in result["notes"]]
     return 0, result, lines
+
+
+def _extra(result: dict[str, Any]) -> str:
+    extra = result["extra_bytes"]
+    if result["quantization"]:
+        return f"experts and attention in FP8, {-extra:,} bytes less"
+    return f"{extra:,} bytes more than zeda" if extra else "no extra bytes"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--interleave", action="store_true", help="dense-zeros: spread the zero experts, for expert parallelism"
+    )
+    parser.add_argument(
+        "--quantize", choices=("fp8",), help="zeda: experts and attention in FP8 (needs nvidia-modelopt)"
     )
     parser.add_argument("--base-model", help="hub id of the static model, for the model card")
     parser.add_argument("--card-metrics", type=Path, help="JSON with scores and skip rate, or a run's report.json")

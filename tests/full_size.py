@@ -19,6 +19,28 @@ def full_size_config(name: str) -> dict[str, Any]:
     return dict(json.loads((CONFIGS / f"{name}.json").read_text()))
 
 
+class FullSizeSource:
+    """A dynamic checkpoint at its published shape, without any weight."""
+
+    layout = "per_expert"
+
+    def __init__(self, name: str) -> None:
+        from megatron_zeda.models.registry import family_for
+
+        static = full_size_config(name)
+        self.family = family_for(static)
+        self.config = self.family.make_dynamic(static, self.family.num_experts(static) // 2)
+        self.rows, self.carried = (table(self.config) for table in (self.family.weight_table, self.family.carried_rows))
+
+    def dtype(self, piece: Any) -> torch.dtype:
+        return torch.float32 if piece.name.endswith("e_score_correction_bias") else torch.bfloat16
+
+    def read(self, piece: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    where = read
+
+
 def stock_shapes(hf_config: dict[str, Any], layout: str = "per_expert") -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that stock transformers saves for a static configuration.
 

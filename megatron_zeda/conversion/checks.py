@@ -17,6 +17,8 @@ def require_finite(tensor: torch.Tensor, name: object, where: str | Path) -> Non
     """
     if not tensor.numel():
         return
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.bfloat16)  # exact, and has the operations that FP8 lacks
     low, high = tensor.aminmax()  # NaN if there is one, and one pass over the values
     if not (low.isfinite() and high.isfinite()):
         bad = int((~tensor.isfinite()).sum())

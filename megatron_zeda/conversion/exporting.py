@@ -11,13 +11,18 @@ from megatron_zeda.conversion.background import SourceHashes
 from megatron_zeda.conversion.dry_run import dry_run
 from megatron_zeda.conversion.folders import OutputFolder, files_in
 from megatron_zeda.conversion.formats import SAVES, FormatView, as_zeda, view_as
+from megatron_zeda.conversion.fp8 import fp8_view, is_fp8_layout
 from megatron_zeda.conversion.hf_folder import CARRIED_FILE, HfFolder, copy_side_files, side_files, write_config
 from megatron_zeda.conversion.hf_writer import DEFAULT_SHARD_BYTES, file_sizes, plan_files, write_hf
 from megatron_zeda.conversion.manifest import make_plan, read_manifest, versions
 from megatron_zeda.conversion.megatron_io import HF_FOLDER, MegatronFolder
 from megatron_zeda.conversion.model_card import CARD_FILE, CardMetrics, model_card, read_card_metrics
 from megatron_zeda.conversion.origins import known_hashes
+from megatron_zeda.errors import InputError
 from megatron_zeda.models import ExpertLayout
+
+QUANTIZATIONS = ("fp8",)
+"""What ``quantize`` may be, see :mod:`megatron_zeda.conversion.fp8`."""
 
 
 def megatron_to_hf(
@@ -29,6 +34,7 @@ def megatron_to_hf(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     format: str = "zeda",
     interleave: bool = False,
+    quantize: str | None = None,
     base_model: str | None = None,
     card_metrics: str | Path | None = None,
     plan_only: bool = False,
@@ -48,31 +54,37 @@ def megatron_to_hf(
         shard_bytes: largest weight file, if the source had several.
         format: ``zeda``, ``dense-zeros`` or ``vllm-mone``, see :mod:`megatron_zeda.conversion.formats`.
         interleave: spread the zero experts of ``dense-zeros`` among the real ones.
+        quantize: ``fp8``: experts and attention of the ``zeda`` form in FP8, see :mod:`megatron_zeda.conversion.fp8`.
+            Needs nvidia-modelopt.
         base_model: hub id of the static model, for the model card; by default what the manifest knows.
         card_metrics: JSON file with what was measured, see :mod:`megatron_zeda.conversion.model_card`.
         plan_only: write nothing, and return what :func:`megatron_zeda.conversion.dry_run.dry_run` does.
 
     Returns:
         A summary: iteration, format, number of tensors, of those carried beside the model, and bytes, zero experts,
-        ``extra_bytes`` (more than the ``zeda`` form has), ``saves`` (what serving this form saves) and ``notes`` (what
-        stock implementations compute otherwise than the model).
+        ``quantization``, ``extra_bytes`` (more than the ``zeda`` form has; fewer if negative), ``saves`` (what serving
+        this form saves) and ``notes`` (what stock implementations compute otherwise than the model).
 
     Raises:
         InputError: for an input that is not a complete Megatron checkpoint of a known family, an output that exists,
-            and a dial that the form cannot carry.
+            a dial that the form cannot carry, and what cannot be quantised.
         ZedaError: for pickles that are not only data, or a full disk.
     """
+    if quantize not in (None, *QUANTIZATIONS):
+        raise InputError("unknown quantisation", where="--quantize", value=quantize, rule=", ".join(QUANTIZATIONS))
     metrics = CardMetrics() if card_metrics is None else read_card_metrics(card_metrics)
-    layout: ExpertLayout | None = "per_expert" if format == "vllm-mone" else None  # vLLM wants it so there
+    layout: ExpertLayout | None = "per_expert" if quantize or format == "vllm-mone" else None  # engines want it so
     source = MegatronFolder(megatron, iteration=iteration, hf_config=hf_config, layout=layout)
     view = view_as(source, format, interleave=interleave)
+    if quantize:
+        view = fp8_view(view, source)
     _set_dtype(view)
     metrics = metrics.complete(base_model or source.manifest.get("base_model"), _trained_weight(source))
     limit = shard_bytes if source.manifest.get("sharded", True) else None
     files = _source_files(source)
     if plan_only:
         return dry_run(view, hf, files.values(), file_sizes(plan_files(view, limit)))
-    plan = make_plan("export", files, shard_bytes=limit, format=format, interleave=interleave)
+    plan = make_plan("export", files, shard_bytes=limit, format=format, interleave=interleave, quantize=quantize)
     known = known_hashes(source.path)
     with (
         OutputFolder(hf, plan=plan) as out,
@@ -99,6 +111,7 @@ def _summary(source: MegatronFolder, view: FormatView, written: dict[str, Any]) 
         **written,
         "num_experts": source.family.num_experts(source.config),
         "num_zero_experts": zero,
+        "quantization": "fp8" if is_fp8_layout(view.config) else None,
         "extra_bytes": view.num_bytes - view_as(source).num_bytes,
         "saves": SAVES[view.format] if zero else "nothing: the model is static",
         "notes": view.notes,

@@ -15,7 +15,7 @@ Names: N real experts, Z zero experts, H hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -85,6 +85,7 @@ class FormatView:
         *,
         read: Callable[[HfPiece], torch.Tensor] | None = None,
         origin: Callable[[HfPiece], HfPiece] | None = None,
+        dtypes: Mapping[HfPiece, torch.dtype] | None = None,
         files: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Put a view together; :func:`view_as` makes the known ones.
@@ -97,12 +98,13 @@ class FormatView:
             source: where they come from.
             read: gives a piece; by default the source does.
             origin: the source's piece that a piece is made of, or that it has its type from; by default itself.
+            dtypes: types of pieces that have another one than their origin.
             files: JSON files.
         """
         self.format, self.config, self.rows, self.carried = format, config, rows, carried
         self.files = files or {}
         self._source, self._read = source, read or source.read
-        self._origin = origin or (lambda piece: piece)
+        self._origin, self._dtypes = origin or (lambda piece: piece), dtypes or {}
 
     def read(self, piece: HfPiece) -> torch.Tensor:
         """One piece."""
@@ -110,7 +112,7 @@ class FormatView:
 
     def dtype(self, piece: HfPiece) -> torch.dtype:
         """Its type."""
-        return self._source.dtype(self._origin(piece))
+        return self._dtypes.get(piece) or self._source.dtype(self._origin(piece))
 
     def where(self, piece: HfPiece) -> Path:
         """The file or folder of the source that it comes from, for error messages."""
@@ -297,16 +299,7 @@ def _dense_zeros(source: ExportSource, interleave: bool) -> FormatView:
 def _vllm_mone(source: ExportSource) -> FormatView:
     family, real = source.family, source.family.num_experts(source.config)
     zero, dial = family.num_zero_experts(source.config), zero_logit_bias(source.config)
-    if source.layout != "per_expert":
-        raise ValueError("vllm-mone is written in the per_expert layout: open the source so")
-    stacked = [row.key for row in source.carried if row.key.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
-    if stacked:
-        raise InputError(
-            f"the experts of {stacked[0]} are stacked in one tensor",
-            where=where_of(source.config),
-            rule="vllm-mone names every expert",
-            fix="export as zeda or dense-zeros",
-        )
+    require_named_experts(source, "vllm-mone")
     constants = _constants([*source.rows, *source.carried], real, zero, source.config["hidden_size"])
     like = {constant: piece for constant, (piece, _) in constants.items()}
     config = stock_config(family, source.config, real + zero)
@@ -336,6 +329,20 @@ def _vllm_mone(source: ExportSource) -> FormatView:
         origin=lambda piece: like.get(piece, piece),
         files=files,
     )
+
+
+def require_named_experts(source: ExportSource, what: str) -> None:
+    """Refuse experts that lie stacked in one tensor, for what names every expert."""
+    if source.layout != "per_expert":
+        raise ValueError(f"{what} is written in the per_expert layout: open the source so")
+    stacked = [row.key for row in source.carried if row.key.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    if stacked:
+        raise InputError(
+            f"the experts of {stacked[0]} are stacked in one tensor",
+            where=where_of(source.config),
+            rule=f"{what} names every expert",
+            fix="export as zeda or dense-zeros, not quantised",
+        )
 
 
 def _constants(

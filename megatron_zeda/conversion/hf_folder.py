@@ -15,6 +15,7 @@ import torch
 
 from megatron_zeda.conversion.folders import MANIFEST_FILE, write_json
 from megatron_zeda.conversion.formats import as_zeda
+from megatron_zeda.conversion.fp8 import FP8, dequantize, is_fp8_layout, scale_of
 from megatron_zeda.conversion.safetensors_io import SafetensorsReader, check_inside
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import ExpertLayout, Family, HfPiece, WeightRow, family_for, load_hf_config
@@ -47,9 +48,11 @@ class HfFolder:
     """A checked Hugging Face checkpoint: configuration, family, table and tensors that agree with each other.
 
     A ``vllm-mone`` export is seen as the ``zeda`` checkpoint that it holds (:mod:`megatron_zeda.conversion.formats`).
+    One in FP8 gives the values that its weights stand for, in float32 (:mod:`megatron_zeda.conversion.fp8`).
 
     Attributes:
-        config: its configuration, in the ``zeda`` form.
+        config: its configuration, in the ``zeda`` form, unquantised.
+        fp8: whether some of its weights are in FP8.
         layout: how its experts lie on disk.
         rows: its weight table, in the order of its files.
         carried: tensors beside the model that it has, for instance a layer that only drafts; empty if it has none.
@@ -63,9 +66,12 @@ class HfFolder:
         """
         self.path = Path(path)
         config = load_hf_config(path)
+        self.fp8 = is_fp8_layout(config)
+        if self.fp8:
+            del config["quantization_config"]
         self.family: Family = family_for(config)
         self.config, self._constants = as_zeda(self.family, config)
-        self.reader = SafetensorsReader(path)
+        self.reader = SafetensorsReader(path, fp8=self.fp8)
         fused = self.family.fused_tensor_names(self.config) & self.reader.tensors.keys()
         self.layout: ExpertLayout = "fused" if fused else "per_expert"
         self.rows = self.family.weight_table(self.config, self.layout)
@@ -99,13 +105,16 @@ class HfFolder:
     def read(self, piece: HfPiece) -> torch.Tensor:
         """Read one piece of the table."""
         tensor, grow = self.reader.read(piece.name, piece.slot), self._widened.get(piece.name)
+        if tensor.dtype == FP8:
+            return dequantize(tensor, self.reader.read(scale_of(piece).name))
         if grow is None:
             return tensor
         return torch.cat([tensor, grow(tensor, self.num_zero_experts, seed=0, name=piece.name)])
 
     def dtype(self, piece: HfPiece) -> torch.dtype:
-        """Its type on disk."""
-        return self.reader.tensors[piece.name].dtype
+        """Its type on disk; float32 for what is in FP8 there."""
+        dtype = self.reader.tensors[piece.name].dtype
+        return torch.float32 if dtype == FP8 else dtype
 
     def where(self, piece: HfPiece) -> Path:
         """The file that holds a piece."""
@@ -115,8 +124,8 @@ class HfFolder:
         """What a conversion reads, name -> file: the configuration and the weights, in the order of the table.
 
         Raises:
-            InputError: for an export in a form that is not a way back, and for a file that would travel with the
-                weights and is a link that leads out of the folder.
+            InputError: for an export in a form that is not a way back, or in FP8, and for a file that would travel
+                with the weights and is a link that leads out of the folder.
         """
         self._require_a_form_to_convert()
         side_files(self.path)  # before anything is written
@@ -144,6 +153,13 @@ class HfFolder:
                 rule=f"named by {MANIFEST_FILE}; the zeda and vllm-mone forms can be converted",
                 fix="give the checkpoint it was exported from, or export that with --format zeda",
             )
+        if self.fp8:
+            raise InputError(
+                "a quantised checkpoint, whose weights are rounded to FP8",
+                where=self.config.where,
+                rule="conversions are exact and start from unquantised weights",
+                fix="give the checkpoint it was made from",
+            )
 
     def _narrow_carried(self) -> dict[str, Grow]:
         """Carried tensors of a dynamic checkpoint that were never widened -> what widens them on reading.
@@ -162,7 +178,7 @@ class HfFolder:
     def _check_tensors(self) -> None:
         stored = self.reader.tensors
         rows = self.rows + self.carried
-        expected = {piece.name: piece for piece in [*pieces_of(rows), *self._constants]}
+        expected = {piece.name: piece for piece in [*pieces_of(rows), *self._constants, *self._scales()]}
         for row in rows:
             for piece in row.pieces:
                 if row.grow is not None and piece.name in stored and piece.name not in self._widened:
@@ -193,6 +209,12 @@ class HfFolder:
                     where=self.where(piece),
                     rule="a constant that stands for an expert is zero: other ones are not supported",
                 )
+
+    def _scales(self) -> list[HfPiece]:
+        """The scales that must lie beside matrices in FP8."""
+        stored = self.reader.tensors
+        found = [piece for piece in pieces_of(self.rows + self.carried) if piece.name in stored]
+        return [scale_of(piece) for piece in found if stored[piece.name].dtype == FP8 and len(piece.shape) == 2]
 
     def _check_types(self) -> None:
         """All that becomes one Megatron tensor, and its namesakes in other layers, have one type."""

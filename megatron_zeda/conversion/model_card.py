@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_zeda.conversion.formats import SAVES, ZEDA_OVERRIDES_FILE, ExportFormat, stock_notes
+from megatron_zeda.conversion.fp8 import is_fp8_layout
 from megatron_zeda.errors import InputError
 from megatron_zeda.models import Family, method_of, teacher_topk
 from megatron_zeda.models.hf_config import read_json_object
@@ -146,12 +147,14 @@ def model_card(
         *_trained(metrics, num_zero_experts),
         *([("dial `zeda_zero_logit_bias`", dial)] if dial else []),
         ("format", f"`{format}`"),
+        *([("precision", _FP8_PRECISION)] if is_fp8_layout(config) else []),
         ("weights", f"{num_bytes:,} bytes"),
         *([("tensors beside the model (not trained)", num_carried)] if num_carried else []),
     ]
     parts.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]) + "\n")
     parts.append(_scores(metrics))
     parts.append(_serving(format if num_zero_experts else None) if method != "dynamic_skipping" else _SKIPPING)
+    parts += [_FP8] if is_fp8_layout(config) else []
     parts += [f"Not exactly this model everywhere: {note}.\n" for note in stock_notes(family, config, format)]
     parts.append("The licence is that of the base model; its licence files, where it has any, lie beside this card.\n")
     return "\n".join(parts)
@@ -233,6 +236,11 @@ _HOW: dict[ExportFormat | None, str] = {
 }
 
 
+_FP8_PRECISION = "experts and attention in FP8 (E4M3) with a scale for every 128 x 128 values, the rest as it was"
+_FP8 = """In FP8: vLLM and SGLang read the precision from `config.json`. transformers wants the package accelerate, and
+without a GPU it turns the weights back into bfloat16. How they are served in FP8 is unverified: the tool that wrote
+them was tried without a GPU.
+"""
 _SKIPPING = f"""## How to serve it
 
 {_TRANSFORMERS.replace("{code}", ", trust_remote_code=True")}

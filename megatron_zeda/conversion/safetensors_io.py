@@ -28,7 +28,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 10**6
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn}
+_DTYPE_NAMES = {dtype: name for name, dtype in (_DTYPES | _FP8).items()}
 
 TensorPlan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> type and shape, in file order."""
@@ -66,19 +67,20 @@ class SafetensorsReader:
             agree with the shards, and types other than plain floating point.
     """
 
-    def __init__(self, folder: str | Path, *, file: str | None = None) -> None:
+    def __init__(self, folder: str | Path, *, file: str | None = None, fp8: bool = False) -> None:
         """Open and check.
 
         Args:
             folder: the checkpoint.
             file: read this file only, whatever else is there.
+            fp8: accept E4M3 too.
         """
         self.folder = Path(folder)
         self.files = _weight_files(self.folder) if file is None else {self.folder / file: None}
         self.sharded = (self.folder / INDEX_FILE).exists()
         self.tensors: dict[str, TensorInfo] = {}
         for path, names in self.files.items():
-            stored = _read_header(path)
+            stored = _read_header(path, _DTYPES | (_FP8 if fp8 else {}))
             if names is not None and names != stored.keys():
                 name = min(names ^ stored.keys())
                 raise InputError(
@@ -172,7 +174,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def _read_header(path: Path, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorInfo]:
     """Parse and check one file: ranges in order, without gaps, up to exactly the end of the file."""
     truncated = InputError("the file is truncated or not safetensors", where=path, fix="download it again")
     with read_errors(path), path.open("rb") as file:
@@ -186,13 +188,13 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     position = 0
     for name, entry in sorted(header.items(), key=lambda item: _range(item[1], path)):
         begin, end = _range(entry, path)
-        dtype, shape = _DTYPES.get(entry.get("dtype")), entry.get("shape")
+        dtype, shape = dtypes.get(entry.get("dtype")), entry.get("shape")
         if dtype is None:
             raise InputError(
                 f"{name} has a type that is not supported",
                 where=path,
                 value=entry.get("dtype"),
-                rule=", ".join(_DTYPES),
+                rule=", ".join(dtypes),
             )
         if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
             raise InputError(f"{name} has no valid shape", where=path, value=shape)
@@ -294,7 +296,7 @@ class SafetensorsWriter:
         Raises:
             ZedaError: if a tensor is not what was written.
         """
-        with DiskFile(self.path) as file, SafetensorsReader(self.path.parent, file=self.path.name) as reader:
+        with DiskFile(self.path) as file, SafetensorsReader(self.path.parent, file=self.path.name, fp8=True) as reader:
             if reader.tensors != self.tensors:
                 raise ZedaError("verification failed: the header is not what was written", where=self.path)
             for (name, slot), expected in self._checksums.items():

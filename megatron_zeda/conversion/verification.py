@@ -176,6 +176,8 @@ def _why_not_compared(first: HfFolder | MegatronFolder, second: HfFolder | Megat
     for side in (first, second):
         if isinstance(side, HfFolder) and side.export_format not in CONVERTIBLE:
             return [f"{side.path}: an export in the {side.export_format} form is no way back; compare with --logits"]
+        if isinstance(side, HfFolder) and side.fp8:
+            return [f"{side.path}: its weights are rounded to FP8; compare with --logits"]
     if first.layout != second.layout:
         return [f"experts lie {first.layout} in the first and {second.layout} in the second; compare with --logits"]
     return []

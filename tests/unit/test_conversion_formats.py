@@ -21,7 +21,7 @@ from checkpoints import (
     read_tensors,
 )
 from export_views import load_as_vllm, save_view
-from full_size import full_size_config
+from full_size import FullSizeSource
 from safetensors.torch import save_file
 
 from megatron_zeda.conversion import hf_to_megatron, inject_zero_experts, megatron_to_hf, verify_checkpoint
@@ -448,31 +448,11 @@ def test_which_forms_are_a_way_back(tmp_path: Path, family: str) -> None:
     assert not (tmp_path / "again").exists()
 
 
-class _FullSize:
-    """A dynamic checkpoint at its published shape, without any weight."""
-
-    layout = "per_expert"
-
-    def __init__(self, name: str) -> None:
-        static = full_size_config(name)
-        self.family = family_for(static)
-        self.config = self.family.make_dynamic(static, self.family.num_experts(static) // 2)
-        self.rows, self.carried = (table(self.config) for table in (self.family.weight_table, self.family.carried_rows))
-
-    def dtype(self, piece: Any) -> torch.dtype:
-        return torch.float32 if piece.name.endswith("e_score_correction_bias") else torch.bfloat16
-
-    def read(self, piece: Any) -> torch.Tensor:
-        raise NotImplementedError
-
-    where = read
-
-
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "GLM-4.7-Flash", "Qwen3-235B-A22B", "GLM-4.5-Air"])
 def test_the_costs_in_the_documentation(name: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "export_formats.md").read_text()
     (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} ")]
-    source = _FullSize(name.lower())
+    source = FullSizeSource(name.lower())
     zeda = view_as(source).num_bytes
     costs = [view_as(source, format).num_bytes - zeda for format in ("dense-zeros", "vllm-mone")]
     assert [int(cell.strip().replace(",", "")) for cell in line.split("|")[2:4]] == costs
