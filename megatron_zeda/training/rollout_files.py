@@ -80,7 +80,7 @@ class StepFile:
                     except InputError:
                         fitting = False
                         continue
-                    if text.endswith("\n") and fits(rollout):
+                    if fits(rollout):
                         found[rollout.sampling["row"]] = rollout
                     else:
                         fitting = False

@@ -152,11 +152,12 @@ def test_the_context_ends_a_response(megatron: None, folders: tuple[Path, Path])
 
 
 def test_logits_that_are_not_finite_fail_the_response(megatron: None, folders: tuple[Path, Path]) -> None:
-    engine = build(folders)
+    engine = build(folders, record_routing=True)
     with torch.no_grad():
         engine.chunks[0].output_layer.weight.fill_(torch.nan)
     for response in engine.generate(requests(3), GREEDY):
         assert (response.finish_reason, response.ids, response.logprobs) == ("error", [], [])
+        assert response.routing is None
         assert response.error == "the model's logits are not finite"
 
 

@@ -15,10 +15,11 @@ import torch
 
 from megatron_zeda.config import Config
 from megatron_zeda.data import BatchBuilder, BatchLayout, PackedBatchBuilder
-from megatron_zeda.errors import ZedaError
+from megatron_zeda.errors import InputError, ZedaError
+from megatron_zeda.rollout import codec as codecs
 from megatron_zeda.rollout.engine import Request, Response, Sampling
 from megatron_zeda.rollout.files import Prompt, read_rollouts
-from megatron_zeda.training.on_policy import Interrupted, PromptOrder, PromptSet, Rollouts
+from megatron_zeda.training.on_policy import Interrupted, PromptOrder, PromptSet, Rollouts, load_prompts
 from megatron_zeda.training.responses import to_batch, to_samples
 from megatron_zeda.training.rollout_files import next_weights, steps_of, weights_version
 
@@ -54,8 +55,31 @@ def test_a_name_of_weights_tells_every_difference() -> None:
         next_weights(other, "before", 1.5, 0.1),
         next_weights(config, "before", float("nan"), 0.1),
     }
-    assert len(names) == 5 and next_weights(Config(), "before", 1.5, 0.1) == name
+    for section, setting, value in (("rollout", "temperature", 0.5), ("teacher", "checkpoint", "t")):
+        settings = Config()
+        setattr(getattr(settings, section), setting, value)
+        names.add(next_weights(settings, "before", 1.5, 0.1))
+    assert len(names) == 7 and next_weights(Config(), "before", 1.5, 0.1) == name
+    moved = Config()
+    moved.logger.run_dir, moved.checkpoint.save_interval, moved.validation.eval_iters = "elsewhere", 7, 3
+    assert next_weights(moved, "before", 1.5, 0.1) == name
     assert steps_of(weights_version(12, name)) == 12
+
+
+def test_prompts_that_cannot_be_asked(tiny_static: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, shape = stage_2(), json.loads((tiny_static / "config.json").read_text())
+    config.model.hf, config.rollout.prompts = str(tiny_static), [str(tmp_path / "prompts.jsonl")]
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "z9"}\n')
+    found = load_prompts(config, shape)
+    assert [len(ids) for ids in found.ids] == [2, 2] and found.codec.context == 9
+    largest = max(max(ids) for ids in found.ids)
+    with pytest.raises(InputError, match=rf"prompts.jsonl:2: .*outside the vocabulary \(got {largest}\)"):
+        load_prompts(config, shape | {"vocab_size": largest})
+    monkeypatch.setattr(codecs, "eos_ids", lambda *_: [])
+    with pytest.raises(InputError, match=r"no token ends a response.*rollout\.stop_token_ids"):
+        load_prompts(config, shape)
+    config.rollout.stop_token_ids = [1]
+    assert load_prompts(config, shape).codec.eos_ids == []
 
 
 # ---- what becomes of them --------------------------------------------------------------------------------------------
@@ -115,6 +139,12 @@ def test_cut_responses_are_dropped_where_that_is_asked_for() -> None:
     samples, counts = to_samples(RESPONSES, config, step=5, vocab_size=VOCABULARY, where="step 6")
     assert [sample.tokens[-1] for sample in samples] == [1, 1]
     assert (counts.cut, counts.too_old, counts.dropped, counts.staleness) == (2, 0, 4, 2)
+
+
+def test_the_first_reason_is_the_one_that_is_told() -> None:
+    failed = [([10], Response([], [], "error", error=reason)) for reason in ("timed out", "gone", "gone")]
+    _, counts = to_samples(failed, stage_2(), step=5, vocab_size=VOCABULARY, where="step 6")
+    assert counts.summary() == "3 responses, 3 failed (timed out)"
 
 
 def test_an_engine_with_another_vocabulary_is_refused() -> None:
@@ -222,13 +252,14 @@ class Run:
     folder: Path
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, engine: Engine, **arguments: Any) -> Rollouts:
+    def start(self, engine: Engine, *, layout: dict[str, int] | None = None, **arguments: Any) -> Rollouts:
         config = stage_2(samples_per_prompt=2, batch_size=4, **self.settings)
         config.logger.run_dir = str(self.folder)
         prompts = [Prompt(f"p{i}", f"prompt {i}", None, "task", f"f:{i}") for i in range(4)]
         codec: Any = SimpleNamespace(text=lambda response: " ".join(map(str, response.ids)))
         chosen = PromptSet(prompts, [[30 + i, 31 + i] for i in range(4)], codec, VOCABULARY)
-        return Rollouts(config, chosen, builder(), engine, **{"train_iters": 100, **arguments})
+        place = builder(**(layout or {}))
+        return Rollouts(config, chosen, place, engine, **{"train_iters": 100, **arguments})
 
     def rows(self, step: int) -> list[int]:
         lines = read_rollouts(self.folder / f"rollouts/step_{step:07d}.jsonl")
@@ -256,6 +287,39 @@ def test_responses_are_asked_for_in_groups_and_written_as_rollouts(run: Run) -> 
     assert lines[0].weights_version == "step-0000000-w0" and lines[0].engine == "fake 1" and lines[0].task == "task"
     assert lines[0].messages[-1] == {"role": "assistant", "content": "5 1"}
     assert not list((run.folder / "rollouts").glob("*.partial"))
+
+
+def test_replicas_answer_a_group_together_and_a_server_one_at_a_time(run: Run) -> None:
+    three = {"data_parallel_size": 3}
+    engine = Engine()
+    run.start(engine, layout=three).step(State())
+    server = Engine(collective=False)
+    run.settings = {"engine": "openai"}
+    run.folder = run.folder / "server"
+    run.start(server, layout=three).step(State())
+    assert (engine.calls, server.calls) == ([[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 3], [4, 5]])
+
+
+def test_responses_of_older_weights_are_written_as_such(run: Run) -> None:
+    """A server that has not loaded the latest weights: another start must not take them for new ones."""
+
+    class Late(Engine):
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Response]:
+            responses = super().generate(requests, sampling)
+            for response in responses[:2]:
+                response.weights_version = 2
+            return responses
+
+    run.settings = {"max_staleness": 1}
+    state = State().after(3)
+    _, counts = run.start(Late()).step(state)
+    assert (counts.staleness, counts.trained) == (1, 6)
+    lines = read_rollouts(run.folder / "rollouts/step_0000004.jsonl")
+    versions = [line.weights_version for line in lines]
+    assert versions == ["step-0000002-older"] * 2 + ["step-0000003-w3"] * 2 + versions[:2]
+    engine = Engine()
+    _, counts = run.start(engine).step(State().after(3))
+    assert (counts.reused, len(engine.calls[0]), counts.staleness) == (2, 4, 0)
 
 
 @pytest.mark.parametrize("collective", [True, False])  # False: a server
@@ -288,6 +352,30 @@ def test_responses_that_could_not_be_had_are_counted_and_not_written(run: Run) -
     assert (again.calls, counts.failed, counts.reused) == ([[1, 2]], 0, 4) and sorted(run.rows(1)) == list(range(6))
     (run.folder / "rollouts/step_0000001.jsonl").unlink()
     assert tokens_of(batch) == tokens_of(run.start(Engine()).step(State())[0])
+
+
+def test_what_is_no_response_is_removed_from_a_finished_file(run: Run) -> None:
+    run.start(Engine()).step(State())
+    path = run.folder / "rollouts/step_0000001.jsonl"
+    first, *others = path.read_text().splitlines()
+    without = json.dumps(json.loads(first) | {"logprobs": None})
+    path.write_text("\n".join([without, *others, '{"id": ']))
+    engine = Engine()
+    _, counts = run.start(engine).step(State())
+    assert (engine.calls, counts.reused) == ([[0]], 5) and sorted(run.rows(1)) == list(range(6))
+    path.write_text(path.read_text() + "{")
+    _, counts = run.start(engine).step(State())
+    assert counts.reused == 6 and len(run.rows(1)) == 6
+
+
+def test_a_run_killed_twice_keeps_what_the_second_start_had(run: Run) -> None:
+    """Where a finished file of other weights lay in its place."""
+    run.start(Engine()).step(State())
+    with pytest.raises(KeyboardInterrupt):
+        run.start(Engine(dies_at=1)).step(State(weights="other"))
+    engine = Engine()
+    _, counts = run.start(engine).step(State(weights="other"))
+    assert (engine.calls, counts.reused) == ([[4, 5]], 4)
 
 
 def test_a_step_without_any_response_is_not_complete_for_ever(run: Run) -> None:
@@ -358,6 +446,16 @@ def test_steps_that_share_a_rollout_and_a_kill_between_them(run: Run) -> None:
     _, counts = run.start(fresh).step(resumed)
     assert fresh.calls == [[6, 7, 8, 9], [10, 11]] and counts.staleness == 0
     assert resumed.rollout_version == "step-0000001-w1"
+    # So they do if a part of it is gone: one step has responses of one version.
+    run.folder = run.folder / "again"
+    run.start(Engine()).step(State())
+    path, state = run.folder / "rollouts/step_0000002.jsonl", State().after(1)
+    path.with_name(f"{path.name}.partial").write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    path.unlink()
+    state.rollout_version, last = "step-0000000-w0", Engine()
+    _, counts = run.start(last).step(state)
+    assert last.calls == [[6, 7, 8, 9], [10, 11]] and (counts.staleness, counts.reused) == (0, 0)
+    assert run.rows(2) == list(range(6, 12)) and state.rollout_version == "step-0000001-w1"
 
 
 def test_a_run_that_is_asked_to_stop_does_not_finish_the_rollout(run: Run) -> None:
