@@ -40,12 +40,7 @@ def start(threads: int | None) -> torch.device:
     from megatron_zeda import platform
 
     platform.install()
-    device = platform.device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-        _keep_freed_memory()
+    device = prepare(platform.device(), threads)
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(platform.backend(), rank=0, world_size=1, store=store)
@@ -53,6 +48,16 @@ def start(threads: int | None) -> torch.device:
         parallel_state.initialize_model_parallel()
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
+    return device
+
+
+def prepare(device: torch.device, threads: int | None) -> torch.device:
+    """Select a GPU, or set the threads and the allocator of a CPU run. Returns the device."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        _keep_freed_memory()
     return device
 
 
@@ -130,23 +135,25 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], offset: float = 0.0) -
 
 @dataclass(frozen=True)
 class Target:
-    """An upper limit and what was measured."""
+    """A limit, from above unless ``at_least``, and what was measured."""
 
     name: str
     limit: float
     measured: float
+    at_least: bool = False
 
     @property
     def met(self) -> bool:
-        return self.measured <= self.limit
+        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.measured:.3f} (at most {self.limit}): {'met' if self.met else 'MISSED'}"
+        rule = f"at {'least' if self.at_least else 'most'} {self.limit:.5g}"
+        return f"{self.name}: {self.measured:.3f} ({rule}): {'met' if self.met else 'MISSED'}"
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on: processor, memory, threads, load, versions, revision and date."""
-    packages = ("torch", "megatron-core", "transformer-engine")
+    packages = ("torch", "transformers", "megatron-core", "transformer-engine")
     installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     description: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -203,7 +210,9 @@ def write(output: Path | None, benchmark: str, settings: dict[str, Any], results
     if output is None:
         return
     arguments = [f"benchmarks/results/{output.name}" if word == str(output) else word for word in sys.argv[1:]]
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments])
+    script = Path(sys.argv[0])
+    folder = "benchmarks/serving" if script.parent.name == "serving" else "benchmarks"
+    command = " ".join(["python", f"{folder}/{script.name}", *arguments])
     record = {
         "benchmark": benchmark,
         "command": command,
