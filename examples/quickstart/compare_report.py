@@ -18,7 +18,7 @@ FAMILIES = (
     ("ZEDA, stage 1, w = 1, 1.5, 2.5, 4", ("zeda_w1.0", "zeda_w1.5", "zeda", "zeda_w4.0"), "#1f5fa8"),
     ("ZEDA, stages 1 + 2", ("zeda_2",), "#0b2e59"),
     ("the paper's: cross entropy, then sampled KL", ("ce_2_sampled",), "#c0392b"),
-    ("NET, stage 1, K = 3, 2, 1", ("net_0.25", "net", "net_0.75"), "#d9731a"),
+    ("NET, stage 1, K = 3, 2", ("net_0.25", "net"), "#d9731a"),
     ("NET, stages 1 + 2", ("net_2",), "#8a3f00"),
     ("AdaMoE, stage 1", ("adamoe",), "#2c8c4a"),
     ("AdaMoE, stages 1 + 2", ("adamoe_2",), "#145228"),

@@ -171,5 +171,22 @@ def with_method(hf_config: dict[str, Any], method: Method, *, target_skip_rate: 
                 fix="choose another zero_experts.target_skip_rate",
             )
         student |= {"num_experts_per_tok": kept, TEACHER_TOPK_KEY: before}
+        if kept == 1:
+            _check_single_expert(student)
     check_method_keys(student)
     return student
+
+
+def _check_single_expert(student: HfConfig) -> None:
+    """Raise InputError where the weight of a single selected expert is always 1: no router learns from that."""
+    from megatron_zeda.models.registry import family_for
+
+    kwargs = family_for(student).transformer_config_kwargs(student)
+    if kwargs["moe_router_score_function"] == "softmax" and not kwargs["moe_router_pre_softmax"]:
+        raise InputError(
+            "NET would keep 1 expert per token, whose normalised weight is always 1",
+            where=where_of(student),
+            value=1,
+            rule="at least 2 for a model with norm_topk_prob and a softmax router (Megatron-Core refuses less)",
+            fix="lower zero_experts.target_skip_rate",
+        )

@@ -194,6 +194,9 @@ def test_net_keeps_half_of_k_or_what_a_target_says_once() -> None:
     for rate in (0.01, 0.99):
         with pytest.raises(InputError, match="NET would keep"):
             with_method(shape, "net", target_skip_rate=rate)
+    with pytest.raises(InputError, match="NET would keep 1 expert per token"):
+        with_method(shape, "net", target_skip_rate=0.875)
+    assert with_method(shape | {"norm_topk_prob": False}, "net", target_skip_rate=0.875)["num_experts_per_tok"] == 1
 
 
 @pytest.mark.parametrize(
