@@ -76,8 +76,7 @@ def _refuse_methods(config: Any) -> None:
             raise refusal(
                 f"config.json: `{key}` (got {found!r})",
                 rule=f"the plugin does not run method `{method}`",
-                fix="serve it with transformers (trust_remote_code), or in vLLM through --model-impl transformers "
-                "--trust-remote-code without this plugin (VLLM_PLUGINS=)",
+                fix="serve it with transformers (trust_remote_code=True)",
             )
     if getattr(config, "approximate_experts", None) is not None:
         raise refusal(

@@ -1,15 +1,13 @@
 """Runs vLLM on one folder after the other, in a process of its own: ``python engines.py CASES.json RESULTS.json``.
 
-A case is ``{"name", "folder", "arguments", "hides_plugin"?}``; its result ``{"tokens", "logprobs", "prompt_logprobs",
-"log"}``, or ``{"error", "log"}``. Starting vLLM once for many engines saves most of the time of each.
+A case is ``{"name", "folder", "arguments"}``; its result ``{"tokens", "logprobs", "prompt_logprobs"}``,
+or ``{"error", "traceback"}``. Starting vLLM once for many engines saves most of the time of each.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import json
-import logging
 import os
 import sys
 import traceback
@@ -26,6 +24,7 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 NEW_TOKENS = 12
+CASE_LINE = "=== case: "
 
 
 def prompts(vocab_size: int) -> list[list[int]]:
@@ -59,25 +58,17 @@ def generate(folder: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """One case, with what vLLM logged."""
+    """One case. What vLLM logs about it stands on the standard output after a line with its name."""
+    print(f"{CASE_LINE}{case['name']}", flush=True)
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    log = io.StringIO()
-    handler = logging.StreamHandler(log)
-    logging.getLogger("vllm").addHandler(handler)
-    for name, value in case.get("environment", {}).items():
-        os.environ[name] = value
     try:
-        result = generate(case["folder"], case.get("arguments", {}))
+        return generate(case["folder"], case.get("arguments", {}))
     except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     finally:
-        logging.getLogger("vllm").removeHandler(handler)
-        for name in case.get("environment", {}):
-            del os.environ[name]
         gc.collect()
         cleanup_dist_env_and_memory()
-    return {**result, "log": log.getvalue()}
 
 
 def main() -> None:
