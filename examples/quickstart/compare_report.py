@@ -15,7 +15,7 @@ Result = Mapping[str, Any]
 
 # Lines of the picture: name, labels in the order of the skip rate, colour.
 FAMILIES = (
-    ("ZEDA, stage 1, w = 1, 1.5, 2.5, 4", ("zeda_w1.0", "zeda_w1.5", "zeda", "zeda_w4.0"), "#1f5fa8"),
+    ("ZEDA, stage 1, w = 1, 2.5, 4", ("zeda_w1.0", "zeda", "zeda_w4.0"), "#1f5fa8"),
     ("ZEDA, stages 1 + 2", ("zeda_2",), "#0b2e59"),
     ("the paper's: cross entropy, then sampled KL", ("ce_2_sampled",), "#c0392b"),
     ("NET, stage 1, K = 3, 2", ("net_0.25", "net"), "#d9731a"),
@@ -26,7 +26,7 @@ FAMILIES = (
     ("Dynamic Skipping, untrained", tuple(f"dynamic_skipping_{rate}" for rate in (0.15, 0.3, 0.45)), "#b03060"),
     ("fewer experts, untrained", ("topk_3_untrained", "topk_2_untrained", "topk_1_untrained"), "#777777"),
 )  # fmt: skip
-ESTIMATORS = (("full vocabulary", "ce_2"), ("top-k", "ce_2_topk"), ("sampled", "ce_2_sampled"))
+ESTIMATORS = (("full vocabulary", "ce_2"), ("sampled", "ce_2_sampled"))
 
 
 def write(results: Path, folder: Path) -> None:
