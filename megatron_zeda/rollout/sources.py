@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_zeda.errors import InputError
+from megatron_zeda.models import HfConfig, method_of
+from megatron_zeda.models.hf_config import where_of
 from megatron_zeda.platform import device as platform_device
 from megatron_zeda.rollout.codec import Codec
 from megatron_zeda.rollout.hf_folder import read_config, resolve_dtype, weights_version
@@ -106,12 +108,13 @@ def vllm_source(model: Path, *, batch_size: int = 128, dtype: str = "auto", trus
         trust_remote_code: let vLLM run modelling code found in the folder.
 
     Raises:
-        InputError: vLLM is not installed or cannot run the model.
+        InputError: vLLM is not installed or cannot run the model, or no server runs the model's method.
     """
     from megatron_zeda.rollout.vllm_engine import VLLMEngine
 
     _check_batch(batch_size)
     config = read_config(model)
+    _check_method(config, "vllm")
     codec = Codec(model, config)
     engine = VLLMEngine(
         model,
@@ -143,13 +146,14 @@ def openai_source(
         max_retries: how often a request is sent again.
 
     Raises:
-        InputError: the server cannot be used.
+        InputError: the server cannot be used, or none runs the model's method.
         ZedaError: it cannot be reached.
     """
     from megatron_zeda.rollout.openai_engine import OpenAIEngine
 
     _check_batch(batch_size)
     config = read_config(model)
+    _check_method(config, "openai")
     codec = Codec(model, config)
     engine = OpenAIEngine(
         url,
@@ -192,3 +196,15 @@ def _replicas(config: Config, world_size: int) -> int:
 def _check_batch(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError("out of range", where="batch_size", value=batch_size, rule="at least 1")
+
+
+def _check_method(config: HfConfig, engine: str) -> None:
+    """Refuse what would be another model there: with a folder's own code, vLLM puts its own experts into the blocks."""
+    method = method_of(config)
+    if method in ("copy", "dynamic_skipping"):
+        raise InputError(
+            f"--engine {engine} cannot run method `{method}`",
+            where=where_of(config),
+            rule="servers run zero experts, not experts that return their input or thresholds",
+            fix="use --engine transformers",
+        )

@@ -172,6 +172,23 @@ def test_a_stop_loses_no_more_than_a_batch_of_a_large_model(
         assert source.window == 3
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"zce_types": ["copy"], "zeda_expert_type": "copy"},
+        {"zeda_dynamic_skipping_beta": 0.3, "zce_nums": None, "zce_types": None, "use_zce_mask": None},
+    ],
+)
+def test_methods_that_no_server_runs_are_refused(tmp_path: Path, tiny_dynamic: Path, keys: dict[str, Any]) -> None:
+    config = json.loads((tiny_dynamic / "config.json").read_text()) | keys
+    config = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"cannot run method `(copy|dynamic_skipping)`.*use --engine transformers"):
+        vllm_source(tmp_path)
+    with pytest.raises(InputError, match="--engine openai cannot run method"):
+        openai_source(tmp_path, "http://127.0.0.1:9/v1")
+
+
 def test_impossible_batch_size_is_refused(tmp_path: Path, tiny_static: Path, prompts: Path) -> None:
     with pytest.raises(InputError, match="batch_size"):
         rollout(transformers_source(tiny_static, batch_size=0), prompts, tmp_path / "out.jsonl", SAMPLED)
