@@ -9,6 +9,7 @@ Shape suffixes: B samples, S sequence, T tokens, G = E + Z router columns.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ import moe_kernels
 import numpy as np
 import torch
 from layers import E, F, H, K, Z, layer_config
-from spawn import initialize_megatron
+from spawn import end_megatron, initialize_megatron
 
 from megatron_zeda.models import family_for
+from megatron_zeda.training.setup import release
 from megatron_zeda.zero_experts import router_statistics, set_loss_tokens, zero_expert_routers
 
 VOCAB, SEQ, SAMPLES = 64, 16, 8  # samples per micro-step, over all data-parallel ranks
@@ -346,7 +348,8 @@ def plain_step(scenario: Scenario, balance_coeff: float = BALANCE_COEFF) -> Outc
     with torch.no_grad():
         for parameter in chunks[0].parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    gradients, _ = _whole([(p.key, p.global_shape, p.global_slice(), p.data.detach()) for p in _gradient_parts(chunks)])
+    parts = [(p.key, p.global_shape, p.global_slice(), p.data.detach().numpy()) for p in _gradient_parts(chunks)]
+    gradients, _ = _whole(parts)
     return Outcome(
         loss,
         tuple(zero.int().tolist()),
@@ -390,8 +393,7 @@ def _balance(router: Any, logits_TG: torch.Tensor, map_TG: torch.Tensor) -> torc
 def run_layout(rank: int, world_size: int, layout: Layout) -> Outcome:
     """One step of Megatron-Core's own machinery: schedule, data parallelism, gradient finalisation.
 
-    For :func:`spawn.run_distributed`. Every layout gets processes of its own: the groups of a model under data
-    parallelism outlive it, and gloo polls for each of them.
+    For :func:`spawn.run_distributed`, by way of :func:`run_layouts`.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -438,12 +440,14 @@ def run_layout(rank: int, world_size: int, layout: Layout) -> Outcome:
         for chunk in chunks:
             for parameter in chunk.parameters():
                 parameter.copy_(parameter.main_grad)
-    mine = [(p.key, p.global_shape, p.global_slice(), p.data.detach().clone()) for p in _gradient_parts(chunks)]
+    # As numpy arrays, which are pickled ten times as fast.
+    mine = [(p.key, p.global_shape, p.global_slice(), p.data.detach().numpy().copy()) for p in _gradient_parts(chunks)]
     everyone: list[Any] | None = None
     if rank == 0:
         everyone = [None] * world_size
     torch.distributed.gather_object(mine, everyone)
     gradients, gap = (None, 0.0) if everyone is None else _whole([part for parts in everyone for part in parts])
+    release(wrapped)  # or its groups, for each of which gloo polls, stay until the processes end
     return Outcome(
         float(loss),
         statistics.num_zero_selections,
@@ -454,6 +458,25 @@ def run_layout(rank: int, world_size: int, layout: Layout) -> Outcome:
         gap,
         skips_all,
     )
+
+
+def run_layouts(rank: int, world_size: int, layouts: dict[str, Layout]) -> dict[str, Outcome]:
+    """:func:`run_layout` for each of them, in the same processes."""
+    outcomes = {}
+    for name, layout in layouts.items():
+        try:
+            before = _num_threads()
+            outcomes[name] = run_layout(rank, world_size, layout)
+            end_megatron()
+            assert _num_threads() < before + 30, "the model and the threads of its groups outlive the layout"
+        except BaseException as error:
+            error.add_note(f"in layout {name!r}")
+            raise
+    return outcomes
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -492,15 +515,15 @@ def _gradient_parts(chunks: list[torch.nn.Module]) -> Iterator[Any]:
     return (part for part in _parts(chunks) if "expert_bias" not in part.key)
 
 
-def _whole(parts: list[tuple[str, Any, Any, torch.Tensor]]) -> tuple[dict[str, np.ndarray], float]:
+def _whole(parts: list[tuple[str, Any, Any, np.ndarray]]) -> tuple[dict[str, np.ndarray], float]:
     """Whole tensors from the ranks' parts, and the largest difference between parts that should be copies."""
-    whole: dict[str, torch.Tensor] = {}
+    whole: dict[str, np.ndarray] = {}
     gap = 0.0
     for key, shape, place, data in parts:
-        target = whole.setdefault(key, torch.full(shape, float("nan")))[place]
-        if not target.isnan().all():
-            gap = max(gap, float((target - data).abs().max()))
-        target.copy_(data)
+        target = whole.setdefault(key, np.full(shape, np.nan, np.float32))[place]
+        if not np.isnan(target).all():
+            gap = max(gap, float(np.abs(target - data).max()))
+        target[...] = data
     for key, tensor in whole.items():
-        assert not tensor.isnan().any(), f"no rank holds all of {key}, or its gradient is NaN"
-    return {key: tensor.numpy() for key, tensor in whole.items()}, gap
+        assert not np.isnan(tensor).any(), f"no rank holds all of {key}, or its gradient is NaN"
+    return whole, gap

@@ -245,13 +245,17 @@ def release(chunks: list[Any]) -> None:
     """Let the chunks that :func:`wrap_for_training` returned be freed when nobody refers to them any more.
 
     Megatron's DDP holds the gradient accumulators and their hooks hold DDP; the model's configuration holds the
-    optimizer, whose views of parameters hold the accumulators too. All of it in C++, where no garbage collection looks:
+    optimizer, whose views of parameters hold the accumulators too; dispatchers hold the last weights of experts, and
+    with them the last step's graph if nothing was evaluated since. All of it in C++, where no garbage collection looks:
     the model, its buffers and all process groups with their threads would stay until the process ends.
     """
     for chunk in chunks:
         chunk.grad_accs.clear()
         chunk.config.grad_scale_func = None
         unwrap(chunk).config.grad_scale_func = None
+        for module in chunk.modules():
+            if hasattr(module, "token_dispatcher"):
+                module.token_dispatcher = None
 
 
 @contextmanager

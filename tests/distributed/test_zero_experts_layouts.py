@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from layers import E
-from layouts import IDLE_EXPERT, SCENARIOS, Layout, Outcome, plain_step, run_layout
+from layouts import IDLE_EXPERT, SCENARIOS, Layout, Outcome, plain_step, run_layouts
 from spawn import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -130,10 +130,25 @@ def _reference(scenario: str) -> Outcome:
     return plain_step(SCENARIOS[scenario])
 
 
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
+    """Of every layout that is asked for, what each rank found. Those of one size share a launch."""
+    tests = [item for item in request.session.items if item.path == request.path]
+    wanted = [item.callspec.params["name"] for item in tests if "name" in item.callspec.params]
+    launches: dict[tuple[int, bool], dict[str, Layout]] = {}
+    for name in wanted:
+        layout = LAYOUTS[name]
+        launches.setdefault((layout.world_size, layout.stand_ins), {})[name] = layout
+    found: dict[str, list[Outcome]] = {}
+    for (world_size, _), layouts in launches.items():
+        ranks = run_distributed(run_layouts, world_size, layouts)
+        found |= {name: [rank[name] for rank in ranks] for name in layouts}
+    return found
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_law_3_layout_equals_one_process(name: str, megatron: None) -> None:
-    layout = LAYOUTS[name]
-    ranks = run_distributed(run_layout, layout.world_size, layout)
+def test_law_3_layout_equals_one_process(name: str, outcomes: dict[str, list[Outcome]], megatron: None) -> None:
+    layout, ranks = LAYOUTS[name], outcomes[name]
     expected = _reference(layout.scenario)
     for outcome in ranks:  # the same everywhere, pipeline stages included
         assert outcome.loss == pytest.approx(expected.loss, rel=1e-6)
