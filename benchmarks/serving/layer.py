@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from serving_models import SHAPES, blocks, num_experts, restore, set_rate, start
+from serving_models import SHAPES, blocks, num_experts, set_rate, start
 from side_by_side import Target, interleaved, ratio, spread, write
 
 FORMS = ("static", "ours", "dense zeros", "expert 0")
@@ -31,7 +31,6 @@ def measure(
     """Time all forms on the same tokens."""
     hidden = torch.randn(1, tokens, compared["static"].gate.weight.shape[-1], device=device, dtype=torch.bfloat16)
     gate = compared["ours"].gate
-    restore(gate)
     reached = set_rate(gate, hidden[0], skip_rate)
     copy_router(gate, compared["dense zeros"].gate)
     runs: list[tuple[str, Callable[[], None]]] = [(name, partial(compared[name], hidden)) for name in FORMS]

@@ -197,14 +197,17 @@ def set_rate(gate: Any, hidden: torch.Tensor, skip_rate: float) -> float:
     one of them is among the largest. The dial stays at 0, as in an export. Returns the rate that was reached.
     """
     zero = slice(gate.num_real, None)
-    bias, drawn = getattr(gate, "e_score_correction_bias", None), gate.weight[zero].clone()
+    bias = getattr(gate, "e_score_correction_bias", None)
+    if not hasattr(gate, "drawn"):
+        gate.drawn = gate.weight[zero].clone()
 
     def rate(value: float) -> float:
         if bias is not None:
             bias[zero] = value
         else:
-            gate.weight[zero] = drawn * value
-        return float((gate.forward(hidden)[1] == 0).double().mean())  # without hooks, of which this may be called
+            gate.weight[zero] = gate.drawn * value
+        scores = gate.forward(hidden)[1]  # not a call: this may run inside one of its hooks
+        return float((scores == 0).double().mean())
 
     low, high = (-2.0, 2.0) if bias is not None else (0.0, 64.0)
     if skip_rate == 0.0:
@@ -215,14 +218,7 @@ def set_rate(gate: Any, hidden: torch.Tensor, skip_rate: float) -> float:
             found = rate(middle)
             low, high = (middle, high) if found < skip_rate else (low, middle)
         found = rate(high)
-    gate.drawn = drawn
     return found
-
-
-def restore(gate: Any) -> None:
-    """Give a router the zero rows that it had before :func:`set_rate`."""
-    if hasattr(gate, "drawn"):
-        gate.weight[gate.num_real :] = gate.drawn
 
 
 def gates(model: torch.nn.Module) -> Iterator[Any]:
@@ -271,7 +267,6 @@ def set_rates(model: Any, ids: torch.Tensor, skip_rate: float) -> float:
     reached = []
 
     def adjust(gate: Any, inputs: tuple[torch.Tensor]) -> None:
-        restore(gate)
         reached.append(set_rate(gate, inputs[0].reshape(-1, inputs[0].shape[-1]), skip_rate))
 
     hooks = [gate.register_forward_pre_hook(adjust) for gate in gates(model)]

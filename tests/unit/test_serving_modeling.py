@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from checkpoints import (
     read_tensors,
 )
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import megatron_zeda.serving
 from megatron_zeda.conversion import inject_zero_experts
@@ -149,6 +152,59 @@ def test_skipped_slots_never_enter_an_expert(case: SimpleNamespace, implementati
     for (_, scores, _), entered in zip(gates, rows, strict=True):
         assert entered == int((scores > 0).sum())
         assert entered < scores.numel()
+
+
+class Written(TorchDispatchMode):
+    """Counts the bytes of everything that operations write: what copies and products cost, on any machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [tensor for tensor in tree_leaves(outputs) if isinstance(tensor, torch.Tensor)]
+            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return outputs
+
+
+def _bytes_written(experts: Any, *inputs: torch.Tensor) -> int:
+    with torch.no_grad(), Written() as written:
+        experts(*inputs)
+    return written.num_bytes
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_never_do_more_than_the_static_ones(case: SimpleNamespace, implementation: str) -> None:
+    """Nothing skipped: no more bytes than the stock code writes, routing aside. Half skipped: clearly fewer."""
+    stock, ours = (
+        _expert_layers(load_hf_model(folder, experts_implementation=implementation))[0].mlp.experts
+        for folder in (case.static, case.dynamic)
+    )
+    tokens, width = 256, stock.gate_up_proj.shape[-1]
+    hidden = torch.randn(tokens, width)
+    ids = torch.rand(tokens, EXPERTS).topk(TOPK).indices
+    weights = torch.full((tokens, TOPK), 0.5)
+    most = _bytes_written(stock, hidden, ids, weights)
+    routing = 24 * ids.numel() * ids.element_size()  # ids, positions and offsets, which are as wide as a token here
+    assert _bytes_written(ours, hidden, ids, weights) <= most + routing
+    weights[torch.arange(tokens) % 2 == 0] = 0.0
+    torch.testing.assert_close(ours(hidden, ids, weights), stock(hidden, ids, weights), atol=1e-5, rtol=1e-4)
+    assert _bytes_written(ours, hidden, ids, weights) < 0.75 * most + routing
+
+
+def test_without_the_grouped_product_the_stock_code_does_it(
+    case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of transformers' releases some have it in another form."""
+    model = load_hf_model(case.dynamic, experts_implementation="grouped_mm")
+    expected = model(IDS).logits
+    experts = _expert_layers(model)[0].mlp.experts
+    shared = sys.modules[next(cls for cls in type(experts).__mro__ if cls.__name__ == "SkippingExperts").__module__]
+    assert shared.GROUPED_MM is not None
+    monkeypatch.setattr(shared, "GROUPED_MM", None)
+    torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_the_dial_moves_the_skip_rate_monotonically(case: SimpleNamespace) -> None:
