@@ -75,7 +75,10 @@ def main() -> None:
     """Run all cases of a file."""
     source, target = map(Path, sys.argv[1:])
     os.environ.update({name: value for name, value in SETTINGS.items() if name not in os.environ})
-    target.write_text(json.dumps({case["name"]: run(case) for case in json.loads(source.read_text())}))
+    results: dict[str, Any] = {}
+    for case in json.loads(source.read_text()):
+        results[case["name"]] = run(case)
+        target.write_text(json.dumps(results))  # after every case: an engine that crashes leaves what came before it
 
 
 if __name__ == "__main__":

@@ -165,8 +165,11 @@ def present_zero_slots(
         hide_ids: give zero slots id 0, for kernels without an expert map.
 
     Returns:
-        Weights and ids ``[T, K]``; a zero slot has weight 0.
+        Weights and ids ``[T, K]``. With hidden ids a zero slot has weight 0; kernels that skip it do not read its
+        weight.
     """
+    if not hide_ids and not zero_experts.renormalizes:
+        return weights, ids
     is_zero = ids >= zero_experts.num_real
     kept = weights.masked_fill(is_zero, 0.0)
     if zero_experts.renormalizes:
