@@ -201,3 +201,36 @@ def test_sweep_refuses_unanswered_requests(tmp_path: Path, monkeypatch: pytest.M
         sweep.main(["run", "--label", "zeda", *options])
     with pytest.raises(SystemExit, match="no static_"):
         sweep.main(["draw", "--folder", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("family", ["glm4_moe_lite", "glm4_moe"])
+def test_drafts_of_a_student_without_skipping_are_the_teachers(tmp_path: Path, family: str) -> None:
+    import mtp
+    from checkpoints import load_hf_model, make_hf
+
+    from megatron_zeda.conversion import inject_zero_experts
+
+    static = make_hf(tmp_path / "static", family=family, mtp=True)
+    inject_zero_experts(static, tmp_path / "dynamic", num_zero_experts=2)
+    teacher = load_hf_model(static)
+    student = load_hf_model(tmp_path / "dynamic", zeda_zero_logit_bias=float("-inf"))
+    ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        drafted, own = mtp.drafts(teacher, mtp.drafting_layer(static, teacher), ids)
+        torch.testing.assert_close(own, teacher(ids).logits[0, 1:])
+        theirs, _ = mtp.drafts(student, mtp.drafting_layer(tmp_path / "dynamic", student), ids)
+        torch.testing.assert_close(theirs, drafted, atol=1e-5, rtol=1e-4)
+        layer = mtp.drafting_layer(static, teacher)
+        found = mtp.acceptance(teacher, layer, [(ids[0, :5].tolist(), ids[0, 5:].tolist())])
+    agreed = (drafted.argmax(-1) == own.argmax(-1))[4:-1]  # about tokens 6 to 19
+    assert found == {
+        "drafts": 14,
+        "accepted": agreed.sum().item() / 14,
+        "tokens_per_pass": 1 + agreed.sum().item() / 14,
+    }
+    if family == "glm4_moe":  # transformers drafts with this family itself
+        from transformers.modeling_layers import MtpModel
+
+        theirs = dict(MtpModel.from_pretrained(teacher).layers[0].named_parameters())
+        for name, parameter in layer.named_parameters():
+            assert parameter.equal(theirs[name]), name
