@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,15 @@ import torch
 
 from megatron_zeda.config import Config
 from megatron_zeda.data import BatchBuilder, BatchLayout, PackedBatchBuilder
+from megatron_zeda.distillation import SUM_NAMES, Objective
 from megatron_zeda.errors import InputError, ZedaError
 from megatron_zeda.rollout import codec as codecs
 from megatron_zeda.rollout.engine import Request, Response, Sampling
 from megatron_zeda.rollout.files import Prompt, read_rollouts
 from megatron_zeda.training.on_policy import Interrupted, PromptOrder, PromptSet, Rollouts, load_prompts
-from megatron_zeda.training.responses import to_batch, to_samples
+from megatron_zeda.training.responses import Counts, check_engine, rollout_values, to_batch, to_samples
 from megatron_zeda.training.rollout_files import next_weights, steps_of, weights_version
+from megatron_zeda.training.setup import build_objective
 
 VOCABULARY = 50
 
@@ -139,6 +142,53 @@ def test_cut_responses_are_dropped_where_that_is_asked_for() -> None:
     samples, counts = to_samples(RESPONSES, config, step=5, vocab_size=VOCABULARY, where="step 6")
     assert [sample.tokens[-1] for sample in samples] == [1, 1]
     assert (counts.cut, counts.too_old, counts.dropped, counts.staleness) == (2, 0, 4, 2)
+
+
+def test_a_response_of_unknown_weights_is_as_old_as_can_be() -> None:
+    pairs = [([10], Response([20, 1], [-1.0, -1.0], "stop"))]
+    assert to_samples(pairs, stage_2(max_staleness=4), step=5, vocab_size=VOCABULARY, where="step 6")[1].too_old == 1
+    assert to_samples(pairs, stage_2(max_staleness=5), step=5, vocab_size=VOCABULARY, where="step 6")[1].staleness == 5
+
+
+def test_what_is_reported_of_a_step() -> None:
+    """Means over its tokens, by their own names, and the largest gap as it is."""
+    sums = dict(zip(SUM_NAMES, (4.0, 0.0, 0.0, 0.0, 6.0, 1.0, 3.0, 2.0, 8.0, 0.7), strict=True))
+    values = rollout_values(Counts(responses=6, trained=2), sums, "step-0000003-w")
+    assert (values["importance"], values["capped"], values["clipped"]) == (1.5, 0.25, 0.75)
+    assert (values["logprob_gap"], values["kl_engine"], values["logprob_gap_max"]) == (0.5, 2.0, 0.7)
+    assert (values["responses"], values["trained"], values["weights_version"]) == (6, 2, "step-0000003-w")
+    nothing = rollout_values(Counts(), dict.fromkeys(SUM_NAMES, 0.0), "")
+    assert math.isnan(nothing["importance"]) and math.isnan(nothing["logprob_gap"])
+
+
+def test_an_engine_is_judged_by_fresh_responses_alone() -> None:
+    config = stage_2(max_logprob_gap=0.5)
+    check_engine(config, {"logprob_gap": 0.5, "staleness": 0}, 3)
+    check_engine(config, {"logprob_gap": 0.6, "staleness": 1}, 3)  # the weights have moved since
+    check_engine(config, {"logprob_gap": float("nan"), "staleness": 0}, 3)  # nothing was trained on
+    check_engine(stage_2(max_logprob_gap=None), {"logprob_gap": 9.0, "staleness": 0}, 3)
+    with pytest.raises(ZedaError, match=r"step 3: .*0\.6 nats"):
+        check_engine(config, {"logprob_gap": 0.6, "staleness": 0}, 3)
+
+
+def test_the_objective_has_every_setting() -> None:
+    config = stage_2()
+    settings = {
+        "cross_entropy": 0.1,
+        "forward_kl": 0.2,
+        "reverse_kl": 0.3,
+        "estimator": "topk",
+        "topk": 5,
+        "temperature": 2.0,
+        "clip_ratio_low": 0.4,
+        "clip_ratio_high": 0.6,
+        "importance_cap": 3.0,
+        "chunk_size": 7,
+    }
+    assert settings.keys() == {field.name for field in fields(Objective)}
+    for name, value in settings.items():
+        setattr(config.distillation, name, value)
+    assert build_objective(config) == Objective(**settings)
 
 
 def test_the_first_reason_is_the_one_that_is_told() -> None:
@@ -284,6 +334,7 @@ def test_responses_are_asked_for_in_groups_and_written_as_rollouts(run: Run) -> 
     lines = read_rollouts(run.folder / "rollouts/step_0000001.jsonl")
     assert [line.sampling["row"] for line in lines] == list(range(6))
     assert [line.sampling["sample"] for line in lines] == [0, 1] * 3
+    assert {line.sampling["seed"] for line in lines} == {Config().train.seed} != {0}
     assert lines[0].weights_version == "step-0000000-w0" and lines[0].engine == "fake 1" and lines[0].task == "task"
     assert lines[0].messages[-1] == {"role": "assistant", "content": "5 1"}
     assert not list((run.folder / "rollouts").glob("*.partial"))
@@ -427,10 +478,14 @@ def test_what_an_earlier_start_left_is_used_only_if_it_is_what_would_be_generate
 
 def test_steps_that_share_a_rollout_and_a_kill_between_them(run: Run) -> None:
     run.settings = {"steps_per_rollout": 2, "max_staleness": 1}
-    engine, state = Engine(), State()
-    rollouts = run.start(engine)
+    engine, state, told = Engine(), State(), list[str]()
+    rollouts = run.start(engine, begin=told.append)
     _, first = rollouts.step(state)
-    assert engine.calls == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]] and first.staleness == 0
+    assert (
+        told == ["step-0000000-w0"]
+        and engine.calls == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9], [10, 11]]
+        and first.staleness == 0
+    )
     later = state.after(1)
     later.rollout_version = state.rollout_version
     whole, second = rollouts.step(later)
