@@ -9,7 +9,7 @@ WORKERS ?= auto
 PARALLEL = --numprocesses $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart compare test test-vllm test-gpu test-gpu-rehearsal check lint types unit clean
+.PHONY: help install quickstart compare test test-vllm test-sglang test-gpu test-gpu-rehearsal check lint types unit clean
 
 help:
 	@echo "make quickstart   a small post-trained MoE becomes a dynamic one, end to end (minutes, on a CPU)"
@@ -63,6 +63,20 @@ $(VLLM)/.installed: $(STAMP) tests/serving_vllm/requirements.txt
 test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -P -m pytest tests/serving_vllm
+
+# SGLang's Python tree without its compiled parts (tests/serving_sglang/stubs), in an environment of its own.
+SGLANG := .venv-sglang
+$(SGLANG)/.installed: $(STAMP) tests/serving_sglang/requirements.txt
+	$(PY) -m venv --clear $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/serving_sglang/requirements.txt
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(SGLANG)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	@touch $@
+
+test-sglang: export OMP_NUM_THREADS = 1
+test-sglang: $(SGLANG)/.installed
+	$(SGLANG)/bin/python -P -m pytest tests/serving_sglang
 
 # With another Python than .venv's (a container's), nothing is installed.
 test-gpu: PYTHON ?= $(PY)
