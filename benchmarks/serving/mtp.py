@@ -44,7 +44,10 @@ def drafting_layer(folder: Path, model: Any) -> Any:
     missing, unexpected = layer.load_state_dict(read_layer(folder, model.config), strict=False)
     if unexpected or set(missing) - {"mtp_block.mlp.gate.zero_expert_marker"}:
         raise SystemExit(f"error: {folder}: drafting layer: missing {missing}, unexpected {unexpected}")
-    return layer.to(device=model.device, dtype=model.dtype).eval()
+    bias = block.mlp.gate.e_score_correction_bias.float()
+    layer.to(device=model.device, dtype=model.dtype).eval()
+    block.mlp.gate.e_score_correction_bias = bias.to(model.device)  # in float32, as in every other layer
+    return layer
 
 
 def read_layer(folder: Path, config: Any) -> dict[str, torch.Tensor]:

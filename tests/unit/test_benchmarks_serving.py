@@ -228,9 +228,3 @@ def test_drafts_of_a_student_without_skipping_are_the_teachers(tmp_path: Path, f
         "accepted": agreed.sum().item() / 14,
         "tokens_per_pass": 1 + agreed.sum().item() / 14,
     }
-    if family == "glm4_moe":  # transformers drafts with this family itself
-        from transformers.modeling_layers import MtpModel
-
-        theirs = dict(MtpModel.from_pretrained(teacher).layers[0].named_parameters())
-        for name, parameter in layer.named_parameters():
-            assert parameter.equal(theirs[name]), name
