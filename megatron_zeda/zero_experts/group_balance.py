@@ -26,10 +26,15 @@ def weight_for_skip_rate(num_real_experts: int, num_zero_experts: int, skip_rate
 # How far the controller may take w from where it began: a target out of reach must not drive it to infinity, from where
 # it would take as long to come back.
 _WIDEST = 32.0
+# What a step can tell the controller at most.
+_LARGEST_DIFFERENCE = 0.05
 
 
 def controlled_weight(weight: float, *, initial: float, target: float, measured: float, gain: float) -> float:
-    """The next w of an integral controller: ``log w += gain (target - measured)``.
+    """The next w of an integral controller: ``log w += gain (target - measured)``, the difference cut to 5 points.
+
+    It is cut because a new student begins far below its target whatever w is: what such steps added up to would have
+    to be taken back later, by a router that follows ever more slowly while the learning rate falls.
 
     The router needs tens of steps to follow w, so the gain is small: where the rate r moves by ``r (1 - r)`` per unit
     of log w, with a delay of ``tau`` steps, nothing overshoots below ``1 / (4 tau r (1 - r))`` (tau 50, r 0.5: 0.02).
@@ -43,7 +48,8 @@ def controlled_weight(weight: float, *, initial: float, target: float, measured:
     """
     if math.isnan(measured):
         return weight
-    moved = weight * math.exp(gain * (target - measured))
+    difference = min(max(target - measured, -_LARGEST_DIFFERENCE), _LARGEST_DIFFERENCE)
+    moved = weight * math.exp(gain * difference)
     return min(max(moved, initial / _WIDEST), initial * _WIDEST)
 
 

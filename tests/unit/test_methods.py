@@ -120,10 +120,12 @@ def test_the_controllers_w_is_that_of_the_loss() -> None:
 
 def test_the_controllers_equation() -> None:
     assert controlled_weight(2.0, initial=2.0, target=0.5, measured=0.5, gain=0.1) == 2.0
-    assert controlled_weight(2.0, initial=2.0, target=0.5, measured=0.3, gain=1.0) == pytest.approx(2.4428055)
+    assert controlled_weight(2.0, initial=2.0, target=0.5, measured=0.48, gain=10.0) == pytest.approx(2.4428055)
+    assert controlled_weight(2.0, initial=2.0, target=0.5, measured=0.3, gain=4.0) == pytest.approx(2.4428055)  # 0.05
+    assert controlled_weight(2.4428055, initial=2.0, target=0.5, measured=0.9, gain=4.0) == pytest.approx(2.0)
     assert controlled_weight(2.0, initial=2.0, target=0.5, measured=float("nan"), gain=1.0) == 2.0
-    assert controlled_weight(60.0, initial=2.0, target=0.9, measured=0.0, gain=1.0) == 64.0
-    assert controlled_weight(0.07, initial=2.0, target=0.1, measured=1.0, gain=1.0) == 0.0625
+    assert controlled_weight(60.0, initial=2.0, target=0.9, measured=0.0, gain=10.0) == 64.0
+    assert controlled_weight(0.07, initial=2.0, target=0.1, measured=1.0, gain=10.0) == 0.0625
 
 
 def test_the_controller_reaches_a_rate_that_the_formula_misses() -> None:
