@@ -53,7 +53,8 @@ def test_what_is_left_is_the_model_with_all_zero_experts(
     found = (weights[..., None] * experts.gather(1, kept)).sum(1)
     assert (found - wanted).abs().max() < 1e-6
     assert ((ids == -1) == (weights == 0)).all() if drop else (ids >= 0).all()
-    assert 0.1 < (weights == 0).float().mean() < 0.9
+    share = float((weights == 0).float().mean())
+    assert dial or 0.1 < share < 0.9  # the test is about something
 
 
 def test_no_token_names_an_expert_twice() -> None:
