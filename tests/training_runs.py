@@ -105,6 +105,18 @@ def _from_teacher(root: Path) -> None:
     write_rollouts(root / "validation.jsonl", 11, seed=1, teacher=root / "teacher_hf")
 
 
+def run_training(config: Config) -> None:
+    """Train to the end, also as one of several runs of the same processes."""
+    import torch
+    from spawn import end_megatron
+
+    from megatron_zeda.training import train
+
+    assert train(config) == 0
+    if torch.distributed.is_initialized():  # not by the run: by whoever started the processes
+        end_megatron()
+
+
 def make_config(root: Path, name: str) -> Config:
     """Six fp32 steps of eight sequences in ``root/name``."""
     config = Config()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import read_tensors
 from spawn import run_distributed
-from training_runs import make_config, make_run
+from training_runs import make_config, make_run, run_training
 
 from megatron_zeda.conversion import megatron_to_hf, verify_checkpoint
 from megatron_zeda.errors import ZedaError
@@ -63,20 +63,29 @@ REFERENCES: dict[str, dict[str, Any]] = {"one": {}, "one-packed": PACKED, "one-u
 ALL = LAYOUTS | PACKED_LAYOUTS | UNBALANCED_LAYOUTS
 
 
-def run_layout(rank: int, world_size: int, root: str, name: str) -> None:
-    train_one(Path(root), name, ALL[name][1])
+def run_layouts(rank: int, world_size: int, root: str, layouts: dict[str, dict[str, Any]]) -> None:
+    for name, settings in layouts.items():
+        train_one(Path(root), name, settings)
+
+
+def run_all(root: Path, layouts: dict[str, tuple[int, dict[str, Any]]]) -> None:
+    """Each in a folder of its name; those with the same number of processes share a launch."""
+    for size in sorted({size for size, _ in layouts.values()}):
+        settings = {name: settings for name, (world_size, settings) in layouts.items() if world_size == size}
+        if size == 1:
+            run_layouts(0, 1, str(root), settings)
+        else:
+            run_distributed(run_layouts, size, str(root), settings)
 
 
 def train_one(root: Path, name: str, settings: dict[str, Any]) -> None:
-    from megatron_zeda.training import train
-
     config = make_config(root, name)
     config.scheduler.lr_decay_iters = 8  # the same schedule for runs of 6 and of 8 steps
     config.optimizer.adam_eps = 1e-5  # or Adam makes whole steps of the rounding noise in gradients that are nearly 0
     for key, value in settings.items():
         section, field = key.split(".")
         setattr(getattr(config, section), field, value)
-    assert train(config) == 0
+    run_training(config)
 
 
 def metrics(root: Path, name: str) -> list[dict[str, Any]]:
@@ -87,13 +96,7 @@ def metrics(root: Path, name: str) -> list[dict[str, Any]]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("layouts")
     make_run(root, num_layers=4)  # one for each virtual stage
-    for name, settings in REFERENCES.items():
-        train_one(root, name, settings)
-    for name, (world_size, settings) in ALL.items():
-        if world_size == 1:
-            train_one(root, name, settings)
-        else:
-            run_distributed(run_layout, world_size, str(root), name)
+    run_all(root, {name: (1, settings) for name, settings in REFERENCES.items()} | ALL)
     return root
 
 
@@ -135,10 +138,14 @@ def test_other_micro_batches_are_the_same_objective(runs: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["dp2", "ep2", "tp2-pp2", "cp2-ep2", "pp2-virtual", "cp2-ep2-pp2-virtual"])
 def test_one_process_goes_on_from_a_checkpoint_of_another_layout(runs: Path, name: str) -> None:
     for start in ("one", name):
-        if not (runs / f"{start}-on").exists():
-            settings = {"checkpoint.load": str(runs / start / "checkpoints"), "train.train_iters": 8}
-            train_one(runs, f"{start}-on", settings)
+        go_on(runs, start)
     assert_same_end(runs, "one-on", f"{name}-on")
+
+
+def go_on(runs: Path, start: str) -> None:
+    """Two more steps of a run, in one process; once."""
+    if not (runs / f"{start}-on").exists():
+        train_one(runs, f"{start}-on", {"checkpoint.load": str(runs / start / "checkpoints"), "train.train_iters": 8})
 
 
 def assert_same_end(runs: Path, reference: str, name: str) -> None:
@@ -164,10 +171,10 @@ def go_on_with_virtual_stages(rank: int, world_size: int, root: str) -> None:
 
 
 def test_virtual_stages_go_on_from_a_checkpoint_of_another_layout(runs: Path) -> None:
-    train_one(runs, "one-on-one", {"checkpoint.load": f"{runs}/one/checkpoints", "train.train_iters": 8})
+    go_on(runs, "one")
     run_distributed(go_on_with_virtual_stages, 2, str(runs))
     for start in ("one", "cp2-ep2"):
-        assert_same_end(runs, "one-on-one", f"{start}-on-virtual")
+        assert_same_end(runs, "one-on", f"{start}-on-virtual")
 
 
 @pytest.mark.parametrize("name", ["cp2-ep2", "cp2-ep2-pp2-virtual"])
