@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import BIAS, assert_same_bits, read_tensors
-from spawn import run_distributed
 from test_training_layouts import (
     CP,
     DP,
@@ -21,7 +20,7 @@ from test_training_layouts import (
     WITH_BALANCE,
     assert_same_course,
     assert_same_end,
-    train_one,
+    run_all,
 )
 from training_runs import make_glm_run
 
@@ -63,29 +62,25 @@ RESUMED = {
 }
 
 
-def run_glm_layout(rank: int, world_size: int, root: str, name: str, settings: dict[str, Any]) -> None:
-    train_one(Path(root), name, settings)
+# With longer steps this model makes ten times as much of a difference.
+SHORT_STEPS = {"optimizer.lr": 2e-3}
 
 
-def run(root: Path, name: str, world_size: int, settings: dict[str, Any]) -> None:
-    settings = {
-        "optimizer.lr": 2e-3,
-        **settings,
-    }  # with longer steps this model makes ten times as much of a difference
-    if world_size == 1:
-        train_one(root, name, settings)
-    else:
-        run_distributed(run_glm_layout, world_size, str(root), name, settings)
+def run(root: Path, layouts: dict[str, tuple[int, dict[str, Any]]]) -> None:
+    run_all(root, {name: (size, SHORT_STEPS | settings) for name, (size, settings) in layouts.items()})
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root: Path = tmp_path_factory.mktemp("glm-layouts")
     make_glm_run(root, num_layers=LAYERS)
-    for name, settings in REFERENCES.items():
-        run(root, name, 1, settings)
-    for name, (world_size, settings) in ALL.items():
-        run(root, name, world_size, settings)
+    run(root, {name: (1, settings) for name, settings in REFERENCES.items()} | ALL)
+    on = {"one-on": ("one", 1, {})} | {f"{start}-elsewhere": (start, *how) for start, how in RESUMED.items()}
+    layouts = {}
+    for name, (start, world_size, settings) in on.items():
+        more = {"checkpoint.load": str(root / start / "checkpoints"), "train.train_iters": 8}
+        layouts[name] = (world_size, {**settings, **more})
+    run(root, layouts)
     return root
 
 
@@ -101,11 +96,6 @@ def test_other_micro_batches_of_glm_are_the_same_objective(runs: Path, name: str
 
 @pytest.mark.parametrize("start", RESUMED)
 def test_glm_goes_on_at_another_split(runs: Path, start: str) -> None:
-    world_size, settings = RESUMED[start]
-    if not (runs / "one-on").exists():
-        run(runs, "one-on", 1, {"checkpoint.load": str(runs / "one/checkpoints"), "train.train_iters": 8})
-    more = {"checkpoint.load": str(runs / start / "checkpoints"), "train.train_iters": 8}
-    run(runs, f"{start}-elsewhere", world_size, {**settings, **more})
     assert_same_end(runs, "one-on", f"{start}-elsewhere")
 
 
