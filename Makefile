@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   a small post-trained MoE becomes a dynamic one, end to end (minutes, on a CPU)"
 	@echo "make compare      the methods and settings beside each other, three seeds (hours; goes on where it was stopped)"
 	@echo "make test         every test (no GPU needed)"
-	@echo "make test-vllm    exports in vLLM on the CPU (in .venv-vllm, 1.7 GB)"
+	@echo "make test-vllm    exports in vLLM on the CPU (in .venv-vllm, 1.6 GB)"
 	@echo "make test-gpu     checks that need one GPU with Transformer Engine (PYTHON=... for one outside .venv)"
 	@echo "make check        lint, types and the fast unit tests"
 
@@ -101,4 +101,4 @@ unit: $(STAMP)
 	$(PY) -m pytest $(PARALLEL) tests/unit -m "not slow"
 
 clean:
-	rm -rf $(VENV) $(VLLM) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(SGLANG) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
