@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_zeda.conversion.checks import require_finite
 from megatron_zeda.conversion.formats import ExportSource, FormatView, require_named_experts
 from megatron_zeda.errors import InputError, ZedaError
-from megatron_zeda.models import HfConfig, HfPiece, WeightRow
+from megatron_zeda.models import HfConfig, HfPiece, WeightRow, method_of
 from megatron_zeda.models.hf_config import where_of
 
 BLOCK = 128
@@ -92,7 +92,7 @@ def fp8_view(view: FormatView, source: ExportSource) -> FormatView:
         source: what ``view`` shows, opened in the ``per_expert`` layout.
 
     Raises:
-        InputError: for another form, stacked experts, and experts that are no whole number of blocks.
+        InputError: for another form, method copy, stacked experts, and experts that are no whole number of blocks.
     """
     if view.format != "zeda":
         raise InputError(
@@ -104,6 +104,14 @@ def fp8_view(view: FormatView, source: ExportSource) -> FormatView:
                 "vllm-mone": "vLLM substitutes constants for unquantised experts only",
             }[view.format],
             fix="export as zeda",
+        )
+    if method_of(view.config) == "copy":
+        raise InputError(
+            "an FP8 export of method copy would be another model",
+            where="--quantize",
+            value="fp8",
+            rule="transformers puts FP8 experts of its own in, which know no identity experts",
+            fix="export it without --quantize",
         )
     _modelopt()
     require_named_experts(source, "an FP8 export")

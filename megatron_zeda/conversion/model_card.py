@@ -237,9 +237,9 @@ _HOW: dict[ExportFormat | None, str] = {
 
 
 _FP8_PRECISION = "experts and attention in FP8 (E4M3) with a scale for every 128 x 128 values, the rest as it was"
-_FP8 = """In FP8: vLLM and SGLang read the precision from `config.json`. transformers wants the package accelerate, and
-without a GPU it turns the weights back into bfloat16. How they are served in FP8 is unverified: the tool that wrote
-them was tried without a GPU.
+_FP8 = """In FP8: vLLM and SGLang read the precision from `config.json`. transformers wants the package accelerate;
+without a GPU it turns the weights back into bfloat16, with one it computes skipped slots, too. How they are served in
+FP8 is unverified: the tool that wrote them was tried without a GPU.
 """
 _SKIPPING = f"""## How to serve it
 

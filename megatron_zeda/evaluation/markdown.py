@@ -102,7 +102,7 @@ def _savings(built: Mapping[str, Any]) -> str:
     if not found:
         return ""
     text = (
-        f"By the paper's FLOP model, a layer of the student needs {found['total']:.2f} times fewer FLOPs than "
+        f"By the paper's FLOP model, the student needs {found['total']:.2f} times fewer FLOPs than "
         f"its static form (prefill {found['prefill']:.2f} at {found['prompt_tokens']} prompt tokens that skip "
         f"{_percent(found.get('prompt_saved'))}, decode {found['decode']:.2f} at {found['response_tokens']} response "
         f"tokens that skip {_percent(found.get('response_saved'))}). "

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -248,6 +249,14 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path, qwen: Path) -> None
     with pytest.raises(InputError, match="unknown quantisation"):
         megatron_to_hf(qwen, tmp_path / "out", quantize="int4")
     assert nothing_beside(tmp_path / "out")
+
+
+def test_identity_experts_are_refused() -> None:
+    """transformers replaces the experts of an FP8 folder by its own, which would compute what copies return."""
+    fields = {"zce_nums": [4], "zce_types": ["copy"], "use_zce_mask": False, "zeda_expert_type": "copy"}
+    view: Any = SimpleNamespace(format="zeda", config=fields)
+    with pytest.raises(InputError, match="method copy would be another model"):
+        fp8_view(view, cast(Any, None))
 
 
 def test_without_modelopt_one_line_says_what_to_install(
