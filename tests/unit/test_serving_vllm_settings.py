@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_zeda.serving import vllm as plugin
 from megatron_zeda.serving.vllm.settings import NEVER_CHOSEN, ZeroExperts, read_zero_experts
 
 KEYS = {"zce_nums": [4], "zce_types": ["zero"], "use_zce_mask": False}
@@ -17,9 +19,8 @@ def _asked(config: dict[str, Any], **changed: Any) -> Any:
     engine: dict[str, Any] = {"enable_eplb": False, "enable_elastic_ep": False, "lora": None, "captures": False}
     engine |= changed
     return SimpleNamespace(
-        model_config=SimpleNamespace(
-            hf_text_config=SimpleNamespace(**config), enable_return_routed_experts=engine["captures"]
-        ),
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(**config)),
+        aux_output_config=SimpleNamespace(enable_return_routed_experts=engine["captures"]),
         parallel_config=SimpleNamespace(
             enable_eplb=engine["enable_eplb"], enable_elastic_ep=engine["enable_elastic_ep"]
         ),
@@ -106,9 +107,23 @@ def test_the_entry_point_names_classes_that_exist() -> None:
     from importlib.metadata import entry_points
     from pathlib import Path
 
-    import megatron_zeda.serving.vllm as plugin
-
     (found,) = [point for point in entry_points(group="vllm.general_plugins") if point.name == "zeda"]
     assert found.load() is plugin.register
     tree = ast.parse((Path(plugin.__file__).parent / "models.py").read_text())
     assert set(plugin.MODELS.values()) <= {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize(("version", "native"), [("0.32.0+cpu", True), ("0.33.1", True), ("0.34.0", False)])
+def test_other_releases_keep_their_own_classes(monkeypatch: pytest.MonkeyPatch, version: str, native: bool) -> None:
+    registered: dict[str, str] = {}
+    logger = SimpleNamespace(warning_once=lambda *_: None)
+    vllm = ModuleType("vllm")
+    vllm.__dict__.update(__version__=version, ModelRegistry=SimpleNamespace(register_model=registered.__setitem__))
+    log = ModuleType("vllm.logger")
+    log.__dict__.update(init_logger=lambda name: logger)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.logger", log)
+    plugin.register()
+    assert "Qwen3MoePlusPlusForCausalLM" in registered
+    assert ("Qwen3MoeForCausalLM" in registered) is native
+    assert (registered.keys() == plugin.MODELS.keys()) is native
